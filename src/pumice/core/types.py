@@ -1,0 +1,136 @@
+"""The nouns that travel between rooms: messages, samples, requests, results and predictions.
+
+No tensors here, so importing this file costs nothing; the tensor side is
+`processing.collate.Batch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text inside a message; never interpreted ('<image>' in it is plain text)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image at its place inside a message: a file, encoded bytes, or an opened picture."""
+
+    image: Path | bytes | PIL.Image.Image
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts joined; images leave no trace."""
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """The images of this turn in reading order."""
+        return tuple(part for part in self.content if isinstance(part, ImagePart))
+
+
+def user(text: str, *images: Path | bytes | PIL.Image.Image) -> Message:
+    """A user turn as LLaVA writes it: the images, a line break, the text."""
+    parts: list[Part] = [ImagePart(image) for image in images]
+    parts.append(TextPart(f"\n{text}" if images else text))
+    return Message("user", tuple(parts))
+
+
+def assistant(text: str) -> Message:
+    """An assistant turn."""
+    return Message("assistant", (TextPart(text),))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training conversation. Contract 1 (data -> processing).
+
+    `id` and `source` (file and row) name it in every error.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str = ""
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """All images in reading order."""
+        return tuple(image for message in self.messages for image in message.images)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen and when to stop. Temperature 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question to the engine: the messages so far. Contract 3 (serve, eval -> infer)."""
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """An answer, or an error; an error is never an empty answer. Contract 3 (infer -> serve, eval).
+
+    `prompt_tokens` counts every position of the prompt, `image_tokens` the ones among them that
+    hold image features; `new_tokens` counts generated tokens including the end token.
+    """
+
+    id: str = ""
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    new_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One line of predictions.jsonl. Contract 4 (eval -> study).
+
+    `text` is the raw answer; `parsed` what the benchmark's own rule read in it (None: unparsed);
+    `score` its score (None: not scored, see `error`). `extra` holds the benchmark's own columns.
+    """
+
+    id: str
+    prompt_hash: str
+    text: str
+    parsed: str | None
+    score: float | None
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)

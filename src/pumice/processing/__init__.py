@@ -1,0 +1,1 @@
+"""Between people's data and tensors: the only code that tokenises text or resizes pictures."""

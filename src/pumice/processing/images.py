@@ -1,0 +1,176 @@
+"""From an upright RGB picture to the square of numbers a vision backbone reads.
+
+Shapes: S = side of that square in pixels. The three ways equal the reference (LLaVA's
+`expand2square`, the centre crop of Hugging Face's CLIP) to the last bit; only pictures whose
+canvas would take gigabytes go another way, see `LONGEST_SIDE`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+import PIL.Image
+import torch
+
+from pumice.core.errors import PumiceError
+from pumice.core.registry import suggest
+
+Mode = Literal["pad", "crop", "resize"]
+Resample = Literal["bicubic", "bilinear", "lanczos"]
+Triple = tuple[float, float, float]
+
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+
+# Beyond this many pixels on the longer side no intermediate picture is built: a picture of
+# 20,000 x 10 would be padded to a canvas of 1.2 GB, or enlarged to 0.7 GB before its crop.
+LONGEST_SIDE = 4096
+
+_FILTERS = {
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+    "bilinear": PIL.Image.Resampling.BILINEAR,
+    "lanczos": PIL.Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How pictures become tensors. `pad_color` None is the mean colour, as in LLaVA-1.5."""
+
+    mode: Mode
+    size: int
+    mean: Triple = CLIP_MEAN
+    std: Triple = CLIP_STD
+    pad_color: tuple[int, int, int] | None = None
+    resample: Resample = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("resample", self.resample, get_args(Resample))
+        if not isinstance(self.size, int) or self.size < 1:
+            raise PumiceError(
+                f"image size is {self.size!r}; a whole number of pixels from 1 is allowed. Use the "
+                f"vision backbone's image_size."
+            )
+        for name in ("mean", "std", "pad_color"):
+            _check_triple(name, getattr(self, name))
+        if min(self.std) <= 0:
+            raise PumiceError(
+                f"image std is {self.std}; every value must be above 0. Copy image_std from the "
+                f"vision backbone's preprocessor_config.json."
+            )
+
+    @property
+    def canvas_color(self) -> tuple[int, int, int]:
+        """The colour round a padded picture."""
+        if self.pad_color is not None:
+            return self.pad_color
+        red, green, blue = self.mean
+        return int(red * 255), int(green * 255), int(blue * 255)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; `from_dict` reads them back."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageSpec:
+        """Strict: an unknown or missing key is an error."""
+        known = list(cls.__dataclass_fields__)
+        for key in values:
+            if key not in known:
+                raise PumiceError(
+                    f"image setting {key!r} is unknown; known: {', '.join(known)}."
+                    f"{suggest(key, known)}"
+                )
+        missing = [key for key in ("mode", "size") if key not in values]
+        if missing:
+            raise PumiceError(
+                f"image settings lack {' and '.join(missing)}; given: {sorted(values)}. Add them."
+            )
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**settings)
+
+
+def preprocess(image: PIL.Image.Image, spec: ImageSpec) -> torch.Tensor:
+    """RGB picture -> float[3, S, S], normalised float32."""
+    if image.mode != "RGB":
+        raise PumiceError(
+            f"a picture of mode {image.mode} was given; RGB is needed. Open it with "
+            f"pumice.core.images.open_image, which converts every kind rightly."
+        )
+    fit = {"pad": _pad, "crop": _crop, "resize": _resize}[spec.mode]
+    pixels = np.asarray(fit(image, spec))
+    # A table of the 256 values a channel can have: exact, and quicker than arithmetic on pixels.
+    table = _channel_table(spec.mean, spec.std)
+    return torch.from_numpy(np.stack([table[c][pixels[:, :, c]] for c in range(3)]))
+
+
+@lru_cache(maxsize=16)
+def _channel_table(mean: Triple, std: Triple) -> np.ndarray[Any, np.dtype[np.float32]]:
+    # Divided in float64, normalised in float32: Hugging Face's order, which the last bit shows.
+    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    centre = np.array(mean, dtype=np.float32)[:, None]
+    spread = np.array(std, dtype=np.float32)[:, None]
+    table: np.ndarray[Any, np.dtype[np.float32]] = (unit[None] - centre) / spread
+    return table
+
+
+def _resize(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
+    return image.resize((spec.size, spec.size), _FILTERS[spec.resample])
+
+
+def _pad(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
+    """The picture in the middle of a square of its longer side, then that square made S wide."""
+    longest = max(image.size)
+    if image.width != image.height and longest > LONGEST_SIDE:
+        width, height = (max(1, round(side * LONGEST_SIDE / longest)) for side in image.size)
+        image = image.resize((width, height), _FILTERS[spec.resample])
+    if image.width != image.height:
+        side = max(image.size)
+        canvas = PIL.Image.new("RGB", (side, side), spec.canvas_color)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas
+    return _resize(image, spec)
+
+
+def _crop(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
+    """The shorter side made S long, then the middle square."""
+    shorter, longer = sorted(image.size)
+    longer = int(spec.size * longer / shorter)
+    size = (spec.size, longer) if image.width <= image.height else (longer, spec.size)
+    left, top = (size[0] - spec.size) // 2, (size[1] - spec.size) // 2
+    if longer <= LONGEST_SIDE:
+        enlarged = image.resize(size, _FILTERS[spec.resample])
+        return enlarged.crop((left, top, left + spec.size, top + spec.size))
+    # Only the part that is kept is resized: the same picture up to the rounding of its edges.
+    across, down = image.width / size[0], image.height / size[1]
+    box = (left * across, top * down, (left + spec.size) * across, (top + spec.size) * down)
+    return image.resize((spec.size, spec.size), _FILTERS[spec.resample], box=box)
+
+
+def _check_choice(name: str, given: object, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise PumiceError(
+            f"image {name} is {given!r}; allowed: {', '.join(allowed)}."
+            f"{suggest(str(given), allowed)}"
+        )
+
+
+def _check_triple(name: str, value: object) -> None:
+    if value is None and name == "pad_color":
+        return
+    if isinstance(value, tuple) and len(value) == 3:
+        if all(isinstance(part, int | float) for part in value):
+            return
+    raise PumiceError(
+        f"image {name} is {value!r}; three numbers (red, green, blue) are needed. Copy them from "
+        f"the vision backbone's preprocessor_config.json."
+    )

@@ -1,0 +1,71 @@
+"""The sentences that ask for a form of answer: one source for training data and benchmarks.
+
+They are LLaVA-1.5's, letter for letter; a model tuned on one wording answers worse to another.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+from pumice.core.errors import PumiceError
+from pumice.core.registry import Registry
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CHINESE = "请直接回答选项字母。"
+CAPTION = "Provide a one-sentence caption for the provided image."
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+BOX = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
+REGION = "Please provide a short description for this region: {box}."
+
+FORMATS: Registry[str] = Registry(
+    "response format",
+    {
+        "none": "",
+        "short": SHORT,
+        "letter": LETTER,
+        "letter_chinese": LETTER_CHINESE,
+        "caption": CAPTION,
+        "unanswerable": f"{UNANSWERABLE}\n{SHORT}",
+    },
+)
+
+
+def with_format(question: str, name: str) -> str:
+    """The question, a line break, the sentence of that format; "none" adds nothing."""
+    sentence = FORMATS[name]
+    return f"{question}\n{sentence}" if sentence else question
+
+
+def letter_prompt(question: str, choices: Sequence[str], hint: str | None = None) -> str:
+    """A multiple-choice question as LLaVA-1.5 asks ScienceQA, ending with the LETTER sentence."""
+    if not 1 <= len(choices) <= len(string.ascii_uppercase):
+        raise PumiceError(
+            f"the question {question!r} has {len(choices)} choices; 1 to 26 are allowed, one per "
+            f"letter. Correct its choices."
+        )
+    lines = [f"Context: {hint}"] if hint else []
+    lines.append(question)
+    lines += [
+        f"{letter}. {choice}"
+        for letter, choice in zip(string.ascii_uppercase, choices, strict=False)
+    ]
+    # Once only, so three spaces become two: that is what the published questions went through.
+    text = "\n".join(lines).replace("  ", " ").strip()
+    return with_format(text, "letter")
+
+
+def box_prompt(phrase: str) -> str:
+    """Asks where the thing a phrase describes is."""
+    return BOX.format(phrase=phrase)
+
+
+def region_prompt(box: Sequence[float]) -> str:
+    """Asks what is inside a box, given as x1, y1, x2, y2 between 0 and 1."""
+    return REGION.format(box=format_box(box))
+
+
+def format_box(box: Sequence[float]) -> str:
+    """A box as questions and answers write it: "[0.12, 0.50, 0.33, 0.98]"."""
+    return "[" + ", ".join(f"{value:.2f}" for value in box) + "]"

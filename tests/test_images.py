@@ -1,0 +1,458 @@
+"""Opening pictures (core.images) and turning them into tensors (processing.images)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from pumice.core.errors import DataError, PumiceError
+from pumice.core.images import image_size, open_image
+from pumice.processing.images import CLIP_MEAN, CLIP_STD, ImageSpec, preprocess
+from pumice.processing.response_formats import (
+    LETTER,
+    SHORT,
+    UNANSWERABLE,
+    box_prompt,
+    letter_prompt,
+    region_prompt,
+    with_format,
+)
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "images"
+WHERE = "sample '7' (train.json, row 3)"
+
+
+def picture(width: int = 24, height: int = 16, seed: int = 0) -> PIL.Image.Image:
+    """A smooth picture with some grain: like a photograph to a resampling filter."""
+    generator = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = np.stack([np.sin(6 * x + y), np.cos(5 * y - x), np.sin(9 * x * y)], axis=-1)
+    grain = generator.normal(scale=0.1, size=waves.shape)
+    return PIL.Image.fromarray(((waves + grain).clip(-1, 1) * 127 + 128).astype(np.uint8))
+
+
+def encoded(image: PIL.Image.Image, kind: str, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def grey_levels(values: list[list[float]], dtype: Any) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.array(values, dtype=dtype))
+
+
+def pixels(image: PIL.Image.Image) -> list[list[int]]:
+    """Grey values row by row, after a check that the picture is grey RGB."""
+    array = np.asarray(image)
+    assert image.mode == "RGB" and (array == array[:, :, :1]).all()
+    return array[:, :, 0].tolist()
+
+
+# Sound pictures of every kind
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_out_upright(kind: str, orientation: int) -> None:
+    blocks = np.kron(np.array([[0, 80, 160], [240, 40, 120]]), np.ones((16, 16)))
+    upright = np.repeat(blocks[:, :, None], 3, axis=2).astype(np.uint8)
+    # How a camera held that way stores the scene, from the EXIF table (row 0, column 0).
+    stored: dict[int, Callable[[Any], Any]] = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }
+    image = PIL.Image.fromarray(np.ascontiguousarray(stored[orientation](upright)))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif)
+    opened = open_image(data)
+    assert opened.size == image_size(data) == (48, 32)
+    # JPEG's loss stays below 4; the blocks differ by 40 and more.
+    assert np.abs(np.asarray(opened).astype(int) - upright).max() < 4
+    assert np.array_equal(np.asarray(open_image(opened)), np.asarray(opened))
+
+
+def test_an_opened_picture_is_turned_and_left_as_it_was() -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    image = PIL.Image.open(io.BytesIO(encoded(picture(24, 16), "JPEG", exif=exif)))
+    assert open_image(image).size == image_size(image) == (16, 24)
+    assert image.size == (24, 16) and image.getexif()[0x0112] == 6
+
+
+def test_cmyk_jpeg() -> None:
+    # Large flat fields, because JPEG changes the borders between colours.
+    red = PIL.Image.new("CMYK", (32, 32), (0, 255, 255, 0))
+    opened = open_image(encoded(red, "JPEG", quality=95))
+    assert opened.mode == "RGB"
+    assert np.abs(np.asarray(opened).astype(int) - [255, 0, 0]).max() < 8
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_cut_off(kind: str) -> None:
+    image = grey_levels([[0, 257, 32896, 65535]], np.uint16)
+    assert image.mode == "I;16"
+    assert pixels(open_image(encoded(image, kind))) == [[0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([[0, 100, 255]], np.int32, [[0, 100, 255]]),
+        ([[0, 25700, 65535]], np.int32, [[0, 100, 255]]),
+        ([[-1000, 0, 1000]], np.int32, [[0, 128, 255]]),
+        ([[0.0, 0.5, 1.0]], np.float32, [[0, 128, 255]]),
+        ([[0.0, 100.0, 255.0]], np.float32, [[0, 100, 255]]),
+        ([[0.0, 1e6, 4e6]], np.float32, [[0, 64, 255]]),
+        ([[7e6, 7e6, 7e6]], np.float32, [[0, 0, 0]]),
+    ],
+)
+def test_wide_grey_values_fit_into_8_bits(
+    values: list[list[float]], dtype: Any, expected: list[list[int]]
+) -> None:
+    assert pixels(open_image(encoded(grey_levels(values, dtype), "TIFF"))) == expected
+
+
+def test_float_pixels_that_are_no_numbers_are_refused() -> None:
+    data = encoded(grey_levels([[0.0, float("nan")]], np.float32), "TIFF")
+    with pytest.raises(DataError, match="NaN or infinite"):
+        open_image(data)
+
+
+def test_16_bit_pgm() -> None:
+    levels = np.array([0, 25700, 65535], dtype=">u2").tobytes()
+    assert pixels(open_image(b"P5 3 1 65535\n" + levels)) == [[0, 100, 255]]
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = PIL.Image.new("RGBA", (3, 1))
+    rgba.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 128)])
+    opened = open_image(encoded(rgba, "PNG"))
+    assert np.asarray(opened)[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
+    la = PIL.Image.new("LA", (3, 1))
+    la.putdata([(0, 255), (0, 0), (200, 255)])
+    assert pixels(open_image(encoded(la, "PNG"))) == [[0, 255, 200]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_transparency(kind: str) -> None:
+    image = PIL.Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([0, 1, 2])
+    opened = open_image(encoded(image, kind, transparency=1))
+    assert np.asarray(opened)[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+
+
+def test_a_transparent_colour_in_rgb_png_and_per_colour_alpha() -> None:
+    rgb = PIL.Image.new("RGB", (2, 1), (1, 2, 3))
+    rgb.putpixel((1, 0), (9, 9, 9))
+    opened = open_image(encoded(rgb, "PNG", transparency=(1, 2, 3)))
+    assert np.asarray(opened)[0].tolist() == [[255, 255, 255], [9, 9, 9]]
+    image = PIL.Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    opened = open_image(encoded(image, "PNG", transparency=bytes([0, 255])))
+    assert pixels(opened) == [[255, 255]]
+
+
+def test_one_bit_and_plain_grey() -> None:
+    one = PIL.Image.new("1", (2, 1), 0)
+    one.putpixel((1, 0), 1)
+    assert pixels(open_image(encoded(one, "PNG"))) == [[0, 255]]
+    assert pixels(open_image(encoded(PIL.Image.new("L", (2, 1), 77), "PNG"))) == [[77, 77]]
+
+
+def test_of_an_animation_the_first_frame_is_used_and_noted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    frames = [PIL.Image.new("L", (4, 4), level) for level in (50, 200)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with caplog.at_level(logging.INFO, "pumice"):
+        opened = open_image(data, where=WHERE)
+    assert pixels(opened)[0][0] == 50
+    assert WHERE in caplog.text and "the first one is used" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "pumice"):
+        open_image(encoded(frames[0], "GIF"))
+    assert caplog.text == ""
+
+
+def test_very_wide_pictures_open(tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    PIL.Image.new("RGB", (20_000, 10), (1, 2, 3)).save(path)
+    assert open_image(path).size == image_size(path) == (20_000, 10)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_does_not_spoil_a_sound_picture() -> None:
+    data = encoded(picture(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    assert open_image(data).size == (24, 16)
+
+
+# Unsound pictures: every error names the sample, the file and what to do
+
+
+def refused(source: Any, **settings: Any) -> str:
+    with pytest.raises(DataError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_image(source, where=WHERE, **settings)
+    message = str(caught.value)
+    assert message.startswith(f"{WHERE}: image ")
+    if isinstance(source, Path):
+        assert str(source) in message
+    return message
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    message = refused(tmp_path / "missing.jpg")
+    assert "does not exist" in message and "Check the images directory" in message
+    assert "cannot be opened" in refused(tmp_path)
+
+
+def test_a_zero_byte_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    for source in (tmp_path / "a.jpg", b""):
+        message = refused(source)
+        assert "empty (0 bytes)" in message and "download the file again" in message
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_a_truncated_file(tmp_path: Path, kind: str, part: float) -> None:
+    data = encoded(picture(200, 150), kind)
+    path = tmp_path / "cut"
+    path.write_bytes(data[: int(part * len(data))])
+    message = refused(path)
+    assert "damaged" in message and "download the file again" in message
+
+
+def test_a_damaged_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(picture(), "PNG")[:20])
+    assert "download the file again" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (b"just some words", ""),
+        (b"\x00" * 500, ""),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"\n<!DOCTYPE html><html>404 <svg></svg></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ],
+)
+def test_something_that_is_no_image(tmp_path: Path, data: bytes, hint: str) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    message = refused(path)
+    assert "is not an image that can be read" in message and hint in message
+    assert "Allowed: JPEG" in message
+
+
+def test_over_the_pixel_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture(30, 20).save(path)
+    message = refused(path, max_pixels=599)
+    assert "30 x 20 = 600 pixels; at most 599 are allowed" in message and "max_pixels" in message
+    assert open_image(path, max_pixels=600).size == (30, 20)
+    assert "max_pixels" in refused(picture(30, 20), max_pixels=599)
+
+
+def test_pillows_own_limit_neither_warns_nor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(encoded(picture(30, 20), "PNG")).size == (30, 20)
+        assert open_image(encoded(picture(11, 10), "GIF")).size == (11, 10)
+    assert PIL.Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+    # The header claims 60,000 x 60,000; nothing of that size may be allocated.
+    data = bytearray(encoded(PIL.Image.new("1", (8, 8)), "BMP"))
+    data[18:26] = (60_000).to_bytes(4, "little") * 2
+    tracemalloc.start()
+    try:
+        assert "3,600,000,000 pixels" in refused(bytes(data))
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# Tensors
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Callable[[PIL.Image.Image, int], torch.Tensor]]:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    def run(kind: Any, image: PIL.Image.Image, size: int, **settings: Any) -> torch.Tensor:
+        processor = kind(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **settings
+        )
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    return {
+        "crop": lambda image, size: run(CLIPImageProcessorPil, image, size),
+        "pad": lambda image, size: run(LlavaImageProcessorPil, image, size, do_pad=True),
+    }
+
+
+def test_the_table_of_statistics_is_clips() -> None:
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    assert (list(CLIP_MEAN), list(CLIP_STD)) == (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    assert ImageSpec("pad", 336).canvas_color == (122, 116, 104)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("size", [56, 224, 336])
+@pytest.mark.parametrize(
+    "shape", [(640, 480), (481, 640), (333, 333), (500, 101), (37, 50), (57, 56), (3, 40), (1, 1)]
+)
+def test_equal_to_the_reference_bit_for_bit(
+    references: Any, mode: Any, size: int, shape: tuple[int, int]
+) -> None:
+    image = picture(*shape)
+    ours = preprocess(image, ImageSpec(mode, size))
+    assert ours.dtype == torch.float32 and ours.shape == (3, size, size)
+    assert ours.is_contiguous()
+    assert torch.equal(ours, references[mode](image, size))
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not here")
+def test_equal_to_the_reference_on_photographs(references: Any) -> None:
+    for path in sorted(PHOTOS.glob("*.jpg"))[:6]:
+        image = open_image(path)
+        for mode in ("crop", "pad"):
+            ours = preprocess(image, ImageSpec(mode, 336))
+            assert torch.equal(ours, references[mode](image, 336)), path
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000)])
+@pytest.mark.parametrize("mode", ["pad", "crop", "resize"])
+def test_very_wide_pictures_take_little_memory(
+    mode: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = 0
+    real_new, real_resize = PIL.Image.new, PIL.Image.Image.resize
+
+    def new(mode: str, size: tuple[int, int], *rest: Any) -> PIL.Image.Image:
+        nonlocal largest
+        largest = max(largest, size[0] * size[1])
+        return real_new(mode, size, *rest)
+
+    def resize(self: Any, size: tuple[int, int], *rest: Any, **more: Any) -> PIL.Image.Image:
+        nonlocal largest
+        largest = max(largest, size[0] * size[1])
+        return real_resize(self, size, *rest, **more)
+
+    image = real_new("RGB", size, (200, 100, 50))
+    monkeypatch.setattr(PIL.Image, "new", new)
+    monkeypatch.setattr(PIL.Image.Image, "resize", resize)
+    result = preprocess(image, ImageSpec(mode, 56, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    assert 0 < largest <= 4096 * 4096
+    if mode == "pad":
+        # A line through the middle: every place along it is lit, the border is not.
+        lit = result.sum(dim=0) > 0
+        assert lit.any(dim=0 if size[0] > size[1] else 1).all() and lit.sum() <= 56 * 4
+    else:
+        assert torch.allclose(result[:, 28, 28], torch.tensor([200.0, 100.0, 50.0]) / 255)
+
+
+def test_the_short_cut_for_long_crops_shows_the_same_picture(
+    references: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(900, 40)
+    exact = references["crop"](image, 56)
+    monkeypatch.setattr("pumice.processing.images.LONGEST_SIDE", 100)
+    short_cut = preprocess(image, ImageSpec("crop", 56))
+    # One step of a channel is 1 / 255 / std = 0.0146 at most.
+    assert (short_cut - exact).abs().max() < 0.02
+    exact = references["pad"](image, 56)
+    monkeypatch.setattr("pumice.processing.images.LONGEST_SIDE", 450)
+    assert (preprocess(image, ImageSpec("pad", 56)) - exact).abs().mean() < 0.02
+
+
+def test_pad_color_and_resize() -> None:
+    spec = ImageSpec(
+        "pad", 4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_color=(255, 0, 51),
+        resample="bilinear",
+    )  # fmt: skip
+    tall = PIL.Image.new("RGB", (2, 4), (255, 255, 255))
+    padded = preprocess(tall, spec)
+    assert padded[:, :, 0].tolist() == [[1.0] * 4, [0.0] * 4, [pytest.approx(0.2)] * 4]
+    assert (padded[:, :, 1:3] == 1).all()
+    resized = preprocess(tall, ImageSpec("resize", 4, mean=spec.mean, std=spec.std))
+    assert (resized == 1).all()
+
+
+def test_a_picture_that_is_not_rgb_is_refused() -> None:
+    with pytest.raises(PumiceError, match="mode L was given; RGB is needed"):
+        preprocess(PIL.Image.new("L", (4, 4)), ImageSpec("pad", 4))
+
+
+def test_image_spec_goes_through_json() -> None:
+    for spec in (ImageSpec("pad", 336), ImageSpec("crop", 7, pad_color=(1, 2, 3))):
+        assert ImageSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"mode": "padd", "size": 4}, "Did you mean 'pad'?"),
+        ({"mode": "pad", "sise": 4}, "Did you mean 'size'?"),
+        ({"mode": "pad"}, "lack size"),
+        ({"mode": "pad", "size": 0}, "from 1"),
+        ({"mode": "pad", "size": "336"}, "'336'"),
+        ({"mode": "pad", "size": 4, "mean": [0.5]}, "three numbers"),
+        ({"mode": "pad", "size": 4, "std": [0, 1, 1]}, "above 0"),
+        ({"mode": "pad", "size": 4, "resample": "nearest"}, "bicubic, bilinear, lanczos"),
+    ],
+)
+def test_image_spec_refuses(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PumiceError) as caught:
+        ImageSpec.from_dict(values)
+    assert expected in str(caught.value)
+
+
+# Response formats
+
+
+def test_response_formats() -> None:
+    assert with_format("Why?", "short") == f"Why?\n{SHORT}"
+    assert with_format("Why?", "none") == "Why?"
+    assert with_format("Why?", "unanswerable") == f"Why?\n{UNANSWERABLE}\n{SHORT}"
+    with pytest.raises(PumiceError, match="Did you mean 'short'"):
+        with_format("Why?", "shrt")
+
+
+def test_letter_prompt_is_the_published_one() -> None:
+    asked = letter_prompt("Which  is it?", ["a cat", "a   dog "], hint="Look at it.")
+    assert asked == f"Context: Look at it.\nWhich is it?\nA. a cat\nB. a  dog\n{LETTER}"
+    assert letter_prompt("Q?", ["x"], hint="") == f"Q?\nA. x\n{LETTER}"
+    with pytest.raises(PumiceError, match="0 choices"):
+        letter_prompt("Q?", [])
+
+
+def test_region_prompts() -> None:
+    assert "describes: the red cup." in box_prompt("the red cup")
+    assert "this region: [0.10, 0.25, 1.00, 0.50]." in region_prompt([0.1, 0.25, 1, 0.5])
