@@ -1,0 +1,178 @@
+"""The world: pictures match their scene graph, files are in the public formats, splits disjoint."""
+
+import json
+import random
+from collections import Counter
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pumice.core.errors import PumiceError
+from pumice.data.sources import LlavaJson
+from pumice.world import language
+from pumice.world.datasets import MIXTURE, make_world
+from pumice.world.scenes import COLORS, SHAPES, SIZE, Scene, random_scene, render
+from pumice.world.vision_backbone import patch_owner
+
+IMAGES, EVAL_IMAGES = 40, 60
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, images=IMAGES, eval_images=EVAL_IMAGES)
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_equal_arguments_write_equal_bytes_and_another_seed_another_world(
+    world: Path, tmp_path: Path
+) -> None:
+    make_world(tmp_path / "again", images=IMAGES, eval_images=EVAL_IMAGES)
+    assert files(tmp_path / "again") == files(world)
+    make_world(tmp_path / "other", images=IMAGES, eval_images=EVAL_IMAGES, seed=1)
+    other = files(tmp_path / "other")
+    assert all(other[name] != data for name, data in files(world).items() if "train/" in name)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_thing_is_drawn_where_its_box_says(seed: int) -> None:
+    scene = random_scene(seed)
+    picture = np.asarray(render(scene)).astype(int)
+    for thing in scene.things:
+        without = Scene(scene.background, tuple(t for t in scene.things if t is not thing), seed)
+        changed = np.abs(picture - np.asarray(render(without)).astype(int)).sum(2) > 0
+        rows, columns = np.where(changed)
+        drawn = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        # One pixel of shadow to the left and below.
+        assert np.abs(np.subtract(drawn, thing.box)).max() <= 1, (thing, drawn)
+        cell = SIZE // 3
+        assert thing.column == (thing.box[0] + thing.box[2]) // 2 // cell
+        assert thing.row == (thing.box[1] + thing.box[3]) // 2 // cell
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_plain_shapes_have_their_colour(seed: int) -> None:
+    scene = random_scene(seed)
+    picture = np.asarray(render(scene))
+    for thing in scene.shapes:
+        x0, y0, x1, y1 = thing.box
+        inside = picture[y0:y1, x0:x1].reshape(-1, 3)
+        share = (inside == COLORS[thing.color]).all(1).mean()
+        assert share > 0.15, thing
+
+
+def test_shapes_are_distinct_in_a_scene_and_every_thing_owns_a_patch() -> None:
+    for seed in range(300):
+        scene = random_scene(seed)
+        names = [thing.shape for thing in scene.shapes]
+        assert len(set(names)) == len(names) >= 1
+        owned = set(patch_owner(scene).flatten().tolist()) - {-1}
+        assert owned == set(range(len(scene.things)))
+
+
+def test_yes_no_questions_are_balanced_and_answers_follow_the_scene() -> None:
+    rng = random.Random(0)
+    answers: dict[str, Counter[str]] = {}
+    for seed in range(1500):
+        scene = random_scene(seed)
+        for question in language.questions(scene, 5, rng):
+            answers.setdefault(question.kind, Counter())[question.short] += 1
+            assert question.short in question.options
+            assert question.short in question.long.lower()
+    for kind in ("exist", "exist_pair", "relation", "compare"):
+        share = answers[kind]["yes"] / answers[kind].total()
+        assert 0.42 < share < 0.58, (kind, share)
+    assert set(answers) == set(language.KINDS)
+
+
+def test_the_right_choice_is_under_its_letter() -> None:
+    rng = random.Random(1)
+    letters = Counter()
+    for seed in range(200):
+        for question in language.questions(random_scene(seed), 5, rng):
+            if question.kind in language.CHOICE_KINDS:
+                options, letter = language.choices(question, rng)
+                assert options["ABCDEF".index(letter)] == question.short
+                assert len(set(options)) == len(options)
+                letters[letter] += 1
+    assert max(letters.values()) / letters.total() < 0.35
+
+
+def test_the_training_files_are_read_by_the_library(world: Path) -> None:
+    for name in ("pretrain.json", "instruct.json"):
+        source = LlavaJson(world / "llava" / name, world / "images")
+        kinds = Counter()
+        for index in range(len(source)):
+            sample = source[index]
+            kinds[sample.id.split("_")[0]] += 1
+            assert all(image.image.is_file() for image in sample.images)
+        assert len(source) > 0
+    assert set(kinds) <= {*MIXTURE}
+
+
+def test_only_the_first_turn_of_merged_questions_carries_the_format_prompt(world: Path) -> None:
+    rows = json.loads((world / "llava" / "instruct.json").read_text())
+    merged = [row for row in rows if row["id"].startswith("vqa_")]
+    assert merged
+    for row in merged:
+        human = [turn["value"] for turn in row["conversations"][::2]]
+        assert ["single word or phrase" in text for text in human] == [True] + [False] * (
+            len(human) - 1
+        )
+
+
+def test_pope_is_built_as_pope_builds_it(world: Path) -> None:
+    instances = json.loads((world / "coco/annotations/instances_val2014.json").read_text())
+    names = {category["id"]: category["name"] for category in instances["categories"]}
+    pictures = {picture["id"]: picture["file_name"] for picture in instances["images"]}
+    present: dict[str, set[str]] = {name: set() for name in pictures.values()}
+    for item in instances["annotations"]:
+        present[pictures[item["image_id"]]].add(names[item["category_id"]])
+    shapes = {image: found - {"sign"} for image, found in present.items()}
+    frequency = Counter(name for found in shapes.values() for name in found)
+    together = Counter(pair for found in shapes.values() for pair in permutations(found, 2))
+    for strategy in ("random", "popular", "adversarial"):
+        rows = read(world / "pope" / f"coco_pope_{strategy}.json")
+        assert [row["question_id"] for row in rows] == list(range(1, len(rows) + 1))
+        assert Counter(row["label"] for row in rows)["yes"] * 2 == len(rows)
+        for row in rows:
+            asked = row["text"].removesuffix(" in the image?").split()[-1]
+            assert (asked in present[row["image"]]) == (row["label"] == "yes")
+            if row["label"] == "no" and strategy != "random":
+                found = shapes[row["image"]]
+                absent = [name for name in SHAPES if name not in found]
+                rank = (
+                    (lambda name: frequency[name]) if strategy == "popular"
+                    else (lambda name, found=found: sum(together[o, name] for o in found))
+                )  # fmt: skip
+                assert rank(asked) >= sorted(map(rank, absent))[-3]
+
+
+def test_vqa_files_pair_up_and_held_out_pictures_are_not_in_training(world: Path) -> None:
+    folder = world / "vqav2"
+    questions = json.loads((folder / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    annotations = json.loads((folder / "v2_mscoco_val2014_annotations.json").read_text())
+    asked = {row["question_id"]: row for row in questions["questions"]}
+    assert len(asked) == len(annotations["annotations"]) == EVAL_IMAGES * 6
+    for row in annotations["annotations"]:
+        assert asked[row["question_id"]]["image_id"] == row["image_id"]
+        assert len(row["answers"]) == 10
+    train = {path.read_bytes() for path in (world / "images" / "train").iterdir()}
+    held_out = {path.read_bytes() for path in (world / "val2014").iterdir()}
+    assert len(train) == IMAGES and len(held_out) == EVAL_IMAGES and not train & held_out
+
+
+def test_a_world_of_impossible_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PumiceError, match="images=0 cannot be made.*1 to 40000"):
+        make_world(tmp_path, images=0)
