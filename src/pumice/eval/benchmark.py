@@ -1,0 +1,179 @@
+"""What a benchmark is: its items, how an answer is read and scored, and how scores add up.
+
+Every metric is a function of sums over rows (`tally` gives one row's addends, `metrics` turns sums
+into numbers). That makes the metric of a bootstrap draw the same code as the metric itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pumice.core.types import Prediction
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question of a benchmark. `group` is the bootstrap's unit (the image)."""
+
+    id: str
+    image: Path | None
+    prompt: str
+    truth: Any
+    group: str
+    category: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An item together with what was answered to it."""
+
+    item: Item
+    prediction: Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row of an answers file, before it is matched to an item."""
+
+    id: str
+    text: str
+    prompt: str | None = None
+    category: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Answers by item id, with what a reader must be told.
+
+    `flawed` says the answers do not fit the items one to one, so a score would mislead.
+    """
+
+    answers: dict[str, Answer]
+    notes: tuple[str, ...] = ()
+    flawed: bool = False
+
+
+class Sums:
+    """Named sums over rows; each value is float[...] (one number, or one per bootstrap draw)."""
+
+    def __init__(self, keys: Sequence[str], values: Floats) -> None:
+        """keys: K names, values: float[..., K]."""
+        self._column = {key: index for index, key in enumerate(keys)}
+        self._values = values
+
+    def __getitem__(self, key: str) -> Floats:
+        """float[...] of one name; zeros when no row had it."""
+        column = self._column.get(key)
+        if column is None:
+            return np.zeros(self._values.shape[:-1])
+        return np.asarray(self._values[..., column])
+
+    def under(self, prefix: str) -> Iterator[str]:
+        """The x of every name 'prefix/x', in order of first appearance."""
+        for key in self._column:
+            if key.startswith(prefix + "/"):
+                yield key[len(prefix) + 1 :]
+
+
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """float[...], float[...] -> float[...] share, nan where the whole is zero."""
+    filled = np.where(whole == 0, 1.0, whole)
+    return np.where(whole == 0, np.nan, part / filled)
+
+
+def percent(part: Floats, whole: Floats) -> Floats:
+    """float[...], float[...] -> float[...] in percent, nan where the whole is zero."""
+    return 100.0 * ratio(part, whole)
+
+
+def mean_of(values: Sequence[Floats]) -> Floats:
+    """List of float[...] -> float[...] mean that leaves nan entries out."""
+    stack = np.stack(values)
+    known = ~np.isnan(stack)
+    return ratio(np.where(known, stack, 0.0).sum(axis=0), known.sum(axis=0).astype(np.float64))
+
+
+class Benchmark(ABC):
+    """A benchmark: subclass it in its own file and add one line to the table of the shelf."""
+
+    name: str
+    title: str
+    headline: str
+    """The metric a table with one number per benchmark shows."""
+    max_new_tokens: int = 128
+    decimals: int = 4
+    missing_is_wrong: bool = False
+    """True: the official scorer counts an unanswered item as wrong. False: no score then."""
+
+    @abstractmethod
+    def load(self, data_dir: Path) -> list[Item]:
+        """All items, from the benchmark's official files below `data_dir`."""
+
+    @abstractmethod
+    def parse(self, text: str, item: Item) -> str | None:
+        """What the benchmark's rule reads in a raw answer; None when it reads nothing."""
+
+    @abstractmethod
+    def score(self, parsed: str | None, item: Item) -> float:
+        """The score of one parsed answer in 0..1; unparsed is scored as the official code does."""
+
+    @abstractmethod
+    def tally(self, row: Row) -> dict[str, float]:
+        """What this row adds to the sums."""
+
+    @abstractmethod
+    def metrics(self, sums: Sums) -> dict[str, Floats]:
+        """Sums of float[...] -> the metrics, each float[...]; shares are in percent."""
+
+    @abstractmethod
+    def protocol(self) -> dict[str, Any]:
+        """Everything that decides a score apart from the model: prompt, parser, metric."""
+
+    def category_metrics(self, sums: Sums) -> dict[str, Floats]:
+        """The metrics of one slice of the items, each float[...]."""
+        return self.metrics(sums)
+
+    def slices(self, item: Item) -> tuple[str, ...]:
+        """The names under which `by_category` counts this item."""
+        return (item.category,) if item.category else ()
+
+    def truth_text(self, item: Item) -> str:
+        """The truth as an answer a model could have given."""
+        return str(item.truth)
+
+    def base_answers(self, items: Sequence[Item]) -> dict[str, str]:
+        """The blind answer per item: the most frequent truth of the item's category."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for item in items:
+            counts[item.category][self.truth_text(item)] += 1
+        # Ties go to the first in the alphabet, so that the base rate never depends on file order.
+        best = {
+            category: min(count, key=lambda answer: (-count[answer], answer))
+            for category, count in counts.items()
+        }
+        return {item.id: best[item.category] for item in items}
+
+    def match(self, answers: Sequence[Answer], items: Sequence[Item], source: str) -> Matching:
+        """Answers of a file to items, by id; the last of several rows with one id counts."""
+        known = {item.id for item in items}
+        found = {answer.id: answer for answer in answers if answer.id in known}
+        strangers = sum(answer.id not in known for answer in answers)
+        repeated = len(answers) - strangers - len(found)
+        notes = []
+        if strangers:
+            notes.append(f"{strangers} answers carry an id that {self.title} does not have")
+        if repeated:
+            notes.append(f"{repeated} ids were answered more than once; the last answer counts")
+        return Matching(found, tuple(notes))

@@ -1,0 +1,57 @@
+"""Where a benchmark's official files and images lie below the data directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from pumice.core.errors import DataError
+
+IMAGE_FOLDERS = ("val2014", "{name}/images", "images", "", "{name}", "coco/val2014", "train2014")
+
+
+def find_file(data_dir: Path, name: str, candidates: Iterable[str]) -> Path:
+    """The first file that exists: each candidate in `data_dir`, then in `data_dir/name`."""
+    looked = [data_dir / folder / file for file in candidates for folder in ("", name)]
+    for path in looked:
+        if path.is_file():
+            return path
+    where = ", ".join(str(path) for path in looked)
+    raise DataError(
+        f"{name}: no official file found; looked for {where}. Give the directory that holds the "
+        f"benchmark's files with --data, or make them with `pumice world make --out DIR`."
+    )
+
+
+def require(row: object, names: Collection[str], where: str) -> None:
+    """An error when an official row lacks something that the benchmark reads."""
+    if not isinstance(row, dict):
+        given = f"it is a {type(row).__name__}"
+    elif absent := [name for name in names if name not in row]:
+        given = f"{', '.join(absent)} absent; it has {', '.join(map(str, row)) or 'nothing'}"
+    else:
+        return
+    raise DataError(
+        f"{where}: this is not the official format: {given}. Needed: {', '.join(names)}. Take the "
+        f"benchmark's official file."
+    )
+
+
+class ImageFinder:
+    """Finds images by file name in the folders where the official archives unpack."""
+
+    def __init__(self, data_dir: Path, name: str) -> None:
+        self._folders = [data_dir / folder.format(name=name) for folder in IMAGE_FOLDERS]
+
+    def __call__(self, *names: str) -> Path:
+        """The first existing file among the names, else the place where it was expected first.
+
+        A missing image is no error here: its item fails alone, later, and is counted as an error.
+        """
+        for index, folder in enumerate(self._folders):
+            for name in names:
+                if (folder / name).is_file():
+                    # The next image most likely lies in the same folder.
+                    self._folders.insert(0, self._folders.pop(index))
+                    return folder / name
+        return self._folders[0] / names[0]

@@ -1,0 +1,116 @@
+"""From rows to metrics, their bootstrap intervals, and the base rate they must be read against."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from pumice.core.types import Prediction
+from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums
+
+DRAWS = 1000
+# Draws are made in blocks so that a benchmark of 40,000 images needs tens of megabytes, not 300.
+_BLOCK = 50
+
+Metrics = dict[str, float]
+Reduce = Callable[[Sums], Mapping[str, Floats]]
+
+
+def evaluate(benchmark: Benchmark, rows: Sequence[Row]) -> Metrics:
+    """The benchmark's metrics over these rows; one that is undefined here is left out."""
+    return _reduce(benchmark, benchmark.metrics, rows)
+
+
+def by_category(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Metrics]:
+    """The metrics of each slice of the rows, with the slice's number of rows under "n"."""
+    slices: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        for name in benchmark.slices(row.item):
+            slices[name].append(row)
+    return {
+        name: {**_reduce(benchmark, benchmark.category_metrics, part), "n": len(part)}
+        for name, part in slices.items()
+    }
+
+
+def bootstrap(
+    benchmark: Benchmark, rows: Sequence[Row], *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % interval per metric: whole groups (images) are drawn anew, questions stay together.
+
+    Questions about one image succeed and fail together; drawing questions would make the interval
+    too narrow.
+    """
+    if not rows:
+        return {}
+    keys, table = _tallies(benchmark, rows)
+    groups: dict[str, int] = {}
+    member = np.array([groups.setdefault(row.item.group, len(groups)) for row in rows])
+    sums = np.zeros((len(groups), len(keys)))
+    np.add.at(sums, member, table)
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for start in range(0, draws, _BLOCK):
+        size = min(_BLOCK, draws - start)
+        times = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=size)
+        blocks.append(times @ sums)
+    drawn = benchmark.metrics(Sums(keys, np.concatenate(blocks)))
+    intervals = {}
+    for name, values in drawn.items():
+        known = values[~np.isnan(values)]
+        if known.size:
+            low, high = np.percentile(known, [2.5, 97.5])
+            digits = benchmark.decimals
+            intervals[name] = (round(float(low), digits), round(float(high), digits))
+    return intervals
+
+
+def base_rate(benchmark: Benchmark, items: Sequence[Item]) -> Metrics:
+    """What a model reaches that never looks: the most frequent answer, scored the same way."""
+    answers = benchmark.base_answers(items)
+    return evaluate(benchmark, [score_item(benchmark, item, answers[item.id]) for item in items])
+
+
+def score_item(
+    benchmark: Benchmark, item: Item, text: str, extra: Mapping[str, object] | None = None
+) -> Row:
+    """A raw answer, parsed and scored."""
+    parsed = benchmark.parse(text, item)
+    return Row(
+        item,
+        Prediction(
+            id=item.id,
+            prompt_hash="",
+            text=text,
+            parsed=parsed,
+            score=benchmark.score(parsed, item),
+            extra=dict(extra or {}),
+        ),
+    )
+
+
+def _tallies(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[list[str], Floats]:
+    columns: dict[str, int] = {}
+    addends = [benchmark.tally(row) for row in rows]
+    for addend in addends:
+        for key in addend:
+            columns.setdefault(key, len(columns))
+    table = np.zeros((len(rows), len(columns)))
+    for index, addend in enumerate(addends):
+        for key, value in addend.items():
+            table[index, columns[key]] = value
+    return list(columns), table
+
+
+def _reduce(benchmark: Benchmark, reduce: Reduce, rows: Sequence[Row]) -> Metrics:
+    if not rows:
+        return {}
+    keys, table = _tallies(benchmark, rows)
+    metrics = reduce(Sums(keys, table.sum(axis=0)))
+    return {
+        name: round(float(value), benchmark.decimals)
+        for name, value in metrics.items()
+        if not np.isnan(value)
+    }

@@ -1,0 +1,353 @@
+"""report.html: one self-contained page on a run, to be read in a minute and sent by mail.
+
+No scripts, no outside files: the charts are inline SVG, the images are inside the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from pumice.core.files import write_atomic
+from pumice.core.images import open_image
+from pumice.eval.charts import Point, interval_axis, interval_plot, loss_chart, running_mean
+from pumice.eval.metrics import Metrics
+from pumice.eval.scores import Scores
+
+# Pictures in the page are at most this wide and high; twice what a card shows, for sharp screens.
+PICTURE_SIZE = 520
+# Smaller pictures are enlarged with hard pixels, since blurring would hide what the model saw.
+SMALL_PICTURE = 128
+# Longer answers are sentences and are not set in bold.
+LONG_ANSWER = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRow:
+    """One line of the score table; all values in percent, `value` None when withheld."""
+
+    title: str
+    metric: str
+    value: float | None
+    interval: tuple[float, float] | None = None
+    base_rate: float | None = None
+    blind: float | None = None
+    n: int = 0
+    unparsed: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One held-out question; `image` holds an image file's bytes, None for a text question."""
+
+    question: str
+    answer: str
+    truth: str
+    right: bool
+    image: bytes | None = None
+    benchmark: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """Everything on the page. What is empty is left out of it.
+
+    `verdict` "" means: write it from the scores. `curves` maps a stage to its (step, loss) points,
+    in the order of the stages. `facts` stand under the verdict. `costs` are the lines of the time
+    and memory table; the keys of the first one are the columns.
+    """
+
+    title: str
+    scores: Sequence[ScoreRow]
+    verdict: str = ""
+    about: str = ""
+    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
+    recipe: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    costs: Sequence[Mapping[str, str]] = ()
+    footnotes: Sequence[str] = ()
+
+
+def score_row(
+    scores: Scores,
+    title: str,
+    metric: str,
+    *,
+    blind: Scores | None = None,
+) -> ScoreRow:
+    """The table line of one benchmark; `blind` are the scores of the shuffled-image control."""
+
+    def pick(metrics: Metrics | None) -> float | None:
+        return None if metrics is None else metrics.get(metric)
+
+    return ScoreRow(
+        title=title,
+        metric=metric.replace("_", " "),
+        value=pick(scores.metrics),
+        interval=scores.interval.get(metric),
+        base_rate=pick(scores.base_rate),
+        blind=None if blind is None else pick(blind.metrics),
+        n=scores.n,
+        unparsed=scores.unparsed,
+        note=scores.notes[0] if scores.withheld and scores.notes else "",
+    )
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Writes the page."""
+    style = (files("pumice.eval") / "report.css").read_text(encoding="utf-8")
+    sections = (
+        _head(data),
+        _score_table(data.scores),
+        _curves(data.curves),
+        _examples(data.examples),
+        _costs(data.costs),
+        _recipe(data.recipe),
+        _footer(data),
+    )
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(data.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in sections if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    write_atomic(path, page)
+
+
+def verdict(scores: Sequence[ScoreRow]) -> str:
+    """One sentence: does the model use its images, and the main numbers."""
+    told = [row for row in scores if row.value is not None]
+    if not told:
+        return "No benchmark has a score to quote."
+    above = [row for row in told if _clearly_above(row)]
+    if len(above) == len(told):
+        opening = "The model uses what it sees on every benchmark"
+    elif not above:
+        opening = "On no benchmark is the model clearly better than one that does not look"
+    else:
+        opening = f"The model uses what it sees on {len(above)} of {len(told)} benchmarks"
+    numbers = ", ".join(f"{row.title} {row.value:.1f}{_against(row)}" for row in told)
+    absent = [row.title for row in scores if row.value is None]
+    ending = f" No score is given for {' and '.join(absent)}." if absent else ""
+    return f"{opening}: {numbers}.{ending}"
+
+
+def _clearly_above(row: ScoreRow) -> bool:
+    low = row.interval[0] if row.interval else row.value
+    bar = _bar(row)
+    return low is not None and bar is not None and low > bar
+
+
+def _against(row: ScoreRow) -> str:
+    bar = _bar(row)
+    return "" if bar is None else f" (blind {bar:.1f})"
+
+
+def _bar(row: ScoreRow) -> float | None:
+    """The better of the two answers without looking."""
+    bars = [bar for bar in (row.base_rate, row.blind) if bar is not None]
+    return max(bars) if bars else None
+
+
+def _head(data: ReportData) -> str:
+    about = f'<p class="about">{escape(data.about)}</p>' if data.about else ""
+    facts = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in data.facts.items()
+    )
+    return (
+        f'<header>\n<p class="kicker">pumice run report</p>\n<h1>{escape(data.title)}</h1>\n'
+        f'<p class="verdict">{escape(data.verdict or verdict(data.scores))}</p>\n{about}'
+        + (f'\n<dl class="facts">{facts}</dl>' if facts else "")
+        + "\n</header>"
+    )
+
+
+def _section(title: str, lead: str, body: str) -> str:
+    return f'<section>\n<h2>{title}</h2>\n<p class="lead">{lead}</p>\n{body}\n</section>'
+
+
+def _score_table(scores: Sequence[ScoreRow]) -> str:
+    if not scores:
+        return ""
+    head = (
+        '<thead><tr><th>Benchmark</th><th class="num">Score</th>'
+        f'<th class="plot">{interval_axis()}</th><th class="num">Base rate</th>'
+        '<th class="num">Other image</th></tr></thead>'
+    )
+    rows = "\n".join(map(_score_line, scores))
+    table = f'<table class="scores">\n{head}\n<tbody>\n{rows}\n</tbody>\n</table>'
+    return _section(
+        "Scores",
+        "In percent, with 95 % intervals from drawing the images anew. A score says something "
+        "about seeing only where it stands clear of both blind marks.",
+        table + _LEGEND,
+    )
+
+
+def _score_line(row: ScoreRow) -> str:
+    small = f"{escape(row.metric)}, n = {row.n:,}"
+    if row.unparsed:
+        small += f", {row.unparsed:,} unparsed"
+    if row.value is None:
+        score = '<span class="withheld">withheld</span>'
+    elif row.interval is None:
+        score = f"<b>{row.value:.1f}</b>"
+    else:
+        low, high = row.interval
+        score = f"<b>{row.value:.1f}</b><span>{low:.1f} to {high:.1f}</span>"
+    note = f'<span class="note">{escape(row.note)}</span>' if row.note else ""
+    plot = interval_plot(row.value, row.interval, row.base_rate, row.blind)
+    return (
+        f'<tr><td class="bench"><strong>{escape(row.title)}</strong><span>{small}</span>{note}</td>'
+        f'<td class="num">{score}</td><td class="plot">{plot}</td>'
+        f'<td class="num side" data-name="Base rate">{_number(row.base_rate)}</td>'
+        f'<td class="num side" data-name="Other image">{_number(row.blind)}</td></tr>'
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+_LEGEND = """
+<ul class="legend">
+<li><svg class="strip" width="30" height="18"><line class="interval" x1="6" x2="24" y1="9" y2="9"/>
+<circle class="score" cx="15" cy="9" r="5.5"/></svg>score and interval</li>
+<li><svg class="strip" width="30" height="18"><line class="base" x1="15" x2="15" y1="1" y2="17"/>
+</svg>base rate: the most frequent answer</li>
+<li><svg class="strip" width="30" height="18"><circle class="blind" cx="15" cy="9" r="4.5"/>
+</svg>other image: the same model, shown the wrong picture</li>
+</ul>"""
+
+
+def _curves(curves: Mapping[str, Sequence[Point]]) -> str:
+    figures = []
+    for name, points in curves.items():
+        if chart := loss_chart(points, name):
+            figures.append(
+                f"<figure><figcaption><strong>{escape(name)}</strong>"
+                f"<span>{_curve_words(points)}</span></figcaption>{chart}</figure>"
+            )
+    if not figures:
+        return ""
+    return _section(
+        "Training",
+        "Loss per supervised token over the optimiser steps of each stage; faint the single steps, "
+        "bold their running mean.",
+        f'<div class="curves">{"".join(figures)}</div>',
+    )
+
+
+def _curve_words(points: Sequence[Point]) -> str:
+    smooth = running_mean(np.array([loss for _, loss in points], dtype=np.float64))
+    return f"{points[-1][0]:,} steps, {smooth[0]:.3g} → {smooth[-1]:.3g}"
+
+
+_ICON = '<svg viewBox="0 0 16 16" role="img" aria-label="{name}"><path d="{path}"/></svg>'
+_RIGHT = _ICON.format(name="right", path="M2.5 8.5 6.3 12.2 13.5 4")
+_WRONG = _ICON.format(name="wrong", path="M3.5 3.5l9 9M12.5 3.5l-9 9")
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    right = sum(example.right for example in examples)
+    cards = "\n".join(map(_card, examples))
+    return _section(
+        "Held-out images",
+        f"{len(examples)} questions about images that training never saw; {right} answered right.",
+        f'<div class="examples">\n{cards}\n</div>',
+    )
+
+
+def _card(example: Example) -> str:
+    style, icon = ("right", _RIGHT) if example.right else ("wrong", _WRONG)
+    answer = escape(example.answer) or "(empty)"
+    if len(example.answer) > LONG_ANSWER:
+        style += " long"
+    return (
+        f'<figure class="card"><div class="picture">{_picture(example)}</div><div class="words">'
+        f'<span class="from">{escape(example.benchmark)}</span>'
+        f'<p class="question">{escape(example.question)}</p>'
+        f'<div class="answer {style}">{icon}<div>{answer}'
+        f'<span class="truth">truth: {escape(example.truth)}</span></div></div></div></figure>'
+    )
+
+
+def _picture(example: Example) -> str:
+    if example.image is None:
+        return "<span>no image</span>"
+    image = open_image(example.image, where=f"report example {example.question!r}")
+    image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+    small = max(image.size) <= SMALL_PICTURE
+    buffer = io.BytesIO()
+    if small:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=86)
+    kind = "png" if small else "jpeg"
+    code = base64.b64encode(buffer.getvalue()).decode("ascii")
+    style = ' class="small"' if small else ""
+    return f'<img{style} alt="" src="data:image/{kind};base64,{code}">'
+
+
+def _costs(costs: Sequence[Mapping[str, str]]) -> str:
+    if not costs:
+        return ""
+    columns = list(costs[0])
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    cells = (
+        "".join(f"<td>{escape(line.get(name, ''))}</td>" for name in columns) for line in costs
+    )
+    body = "\n".join(f"<tr>{line}</tr>" for line in cells)
+    return _section(
+        "Time and memory",
+        "What each part of the run took on this machine.",
+        f'<div class="scroll"><table class="costs"><thead><tr>{head}</tr></thead><tbody>\n{body}\n'
+        f"</tbody></table></div>",
+    )
+
+
+_YAML_LINE = re.compile(r"^(\s*(?:- )?)([\w.\-]+)(:)(.*)$")
+
+
+def _recipe(recipe: str) -> str:
+    if not recipe:
+        return ""
+    body = "\n".join(_yaml_line(line) for line in recipe.rstrip().splitlines())
+    return _section(
+        "Recipe",
+        "Every choice of the run; the same file runs it again.",
+        f"<details><summary>recipe.yaml</summary>\n<pre>{body}</pre></details>",
+    )
+
+
+def _yaml_line(line: str) -> str:
+    code, mark, remark = (
+        line.partition(" #") if not line.lstrip().startswith("#") else ("", line, "")
+    )
+    parts = _YAML_LINE.match(code)
+    shown = escape(code)
+    if parts:
+        indent, key, colon, value = map(escape, parts.groups())
+        shown = f'{indent}<span class="key">{key}</span>{colon}{value}'
+    return shown + (f'<span class="remark">{escape(mark + remark)}</span>' if mark else "")
+
+
+def _footer(data: ReportData) -> str:
+    notes = "".join(f"<p>{escape(note)}</p>" for note in data.footnotes)
+    return f"<footer>{notes}<p>Written by pumice.</p></footer>"

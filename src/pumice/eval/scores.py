@@ -1,0 +1,144 @@
+"""The content of scores.json, and how a set of rows becomes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pumice.core.types import Prediction
+from pumice.eval.benchmark import Benchmark, Item, Row
+from pumice.eval.metrics import Metrics, base_rate, bootstrap, by_category, evaluate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """One benchmark's result. `metrics` None means the score is withheld; `notes` says why.
+
+    `n` counts the benchmark's items; `unparsed`, `missing` and `errors` are counted among them.
+    """
+
+    benchmark: str
+    metrics: Metrics | None
+    n: int
+    unparsed: int
+    missing: int
+    errors: int
+    interval: dict[str, tuple[float, float]]
+    protocol: dict[str, Any]
+    base_rate: Metrics
+    by_category: dict[str, Metrics]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def withheld(self) -> bool:
+        """True when there is no number to be quoted."""
+        return self.metrics is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of the file."""
+        plain = asdict(self)
+        plain["interval"] = {name: list(pair) for name, pair in self.interval.items()}
+        plain["notes"] = list(self.notes)
+        return plain
+
+
+def make_scores(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    *,
+    protocol: dict[str, Any],
+    notes: Sequence[str] = (),
+    flawed: bool = False,
+    allow_errors: bool = False,
+) -> Scores:
+    """Scores of the answered rows; a row with an error is never scored as an answer.
+
+    Errors, unanswered items (unless the official scorer counts them as wrong) and answers that do
+    not fit the items withhold the score, unless `allow_errors`: then the rest is scored.
+    """
+    answered = [row for row in rows if row.prediction.error is None]
+    errors = len(rows) - len(answered)
+    missing = len(items) - len(rows)
+    scored = list(answered)
+    if benchmark.missing_is_wrong:
+        scored += _unanswered(items, rows)
+    reasons = list(notes)
+    reasons += _reasons(benchmark, errors, missing, withheld=not allow_errors)
+    lacking = missing and not benchmark.missing_is_wrong
+    withheld = not answered or (not allow_errors and bool(errors or lacking or flawed))
+    return Scores(
+        benchmark=benchmark.name,
+        metrics=None if withheld else evaluate(benchmark, scored),
+        n=len(items),
+        unparsed=sum(row.prediction.parsed is None for row in answered),
+        missing=missing,
+        errors=errors,
+        interval={} if withheld else bootstrap(benchmark, scored),
+        protocol=protocol,
+        base_rate=base_rate(benchmark, items),
+        by_category={} if withheld else by_category(benchmark, scored),
+        notes=tuple(reasons),
+    )
+
+
+def fingerprint(value: object) -> str:
+    """A short hash of plain values; equal values give equal hashes on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def full_protocol(
+    benchmark: Benchmark, items: Sequence[Item], *, control: str | None = None
+) -> dict[str, Any]:
+    """The benchmark's protocol with the items it was applied to and its fingerprint.
+
+    Two scores are comparable when their fingerprints are equal.
+    """
+    protocol = row_protocol(benchmark, control=control)
+    protocol["items"] = len(items)
+    protocol["items_hash"] = fingerprint(
+        [(item.id, item.prompt, item.truth, item.image and item.image.name) for item in items]
+    )
+    protocol["fingerprint"] = fingerprint(protocol)
+    return protocol
+
+
+def row_protocol(benchmark: Benchmark, *, control: str | None) -> dict[str, Any]:
+    """What decides a single row's answer and score, whichever other rows there are."""
+    return {
+        "benchmark": benchmark.name,
+        **benchmark.protocol(),
+        "max_new_tokens": benchmark.max_new_tokens,
+        "temperature": 0.0,
+        "control": control,
+    }
+
+
+def _unanswered(items: Sequence[Item], rows: Sequence[Row]) -> list[Row]:
+    seen = {row.item.id for row in rows}
+    return [
+        Row(
+            item,
+            Prediction(
+                id=item.id, prompt_hash="", text="", parsed=None, score=0.0, extra={"missing": True}
+            ),
+        )
+        for item in items
+        if item.id not in seen
+    ]
+
+
+def _reasons(benchmark: Benchmark, errors: int, missing: int, *, withheld: bool) -> list[str]:
+    end = "the score is withheld" if withheld else "they are left out of the score"
+    reasons = []
+    if errors:
+        reasons.append(f"{errors} items ended in an error, which is not an answer; {end}")
+    if missing and benchmark.missing_is_wrong:
+        reasons.append(f"{missing} items have no answer and count as wrong, as officially defined")
+    elif missing:
+        reasons.append(f"{missing} items have no answer; {end}")
+    return reasons

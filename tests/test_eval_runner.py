@@ -1,0 +1,158 @@
+"""The runner: resume, kept rows, errors, limits; controls, intervals, and errors in the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from eval_files import dump_lines, pope_files, vqa_files
+from pumice.core.errors import DataError, PumiceError
+from pumice.core.types import Request, Result
+from pumice.eval.benchmark import Item
+from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.controls import shuffle_images
+from pumice.eval.runner import rescore, run_benchmark, take_evenly
+from pumice.eval.scores import full_protocol
+
+
+class Scripted:
+    """An answerer that knows the truth, remembers what it was asked, and can die or fail."""
+
+    def __init__(self, items: Sequence[Item], *, die_after: int = -1, fail: str = "") -> None:
+        self.truth = {item.id: item.extra["most_frequent"] for item in items}
+        self.die_after, self.fail = die_after, fail
+        self.asked: list[str] = []
+
+    def __call__(
+        self, requests: Sequence[Request], on_result: Callable[[Result], None] | None
+    ) -> list[Result]:
+        results = []
+        # Backwards, as an engine that sorts by length may finish in any order.
+        for request in reversed(requests):
+            if len(self.asked) == self.die_after:
+                raise KeyboardInterrupt
+            self.asked.append(request.id)
+            failed = "cannot read the image" if request.id == self.fail else None
+            result = Result(
+                id=request.id, text="" if failed else self.truth[request.id], error=failed
+            )
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+        return results
+
+
+def test_a_killed_run_resumes_to_the_same_files(tmp_path: Path) -> None:
+    vqa = BENCHMARKS["vqav2"]
+    items = vqa.load(vqa_files(tmp_path))
+    run_benchmark(Scripted(items), vqa, tmp_path, tmp_path / "whole", weights="w")
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(Scripted(items, die_after=5), vqa, tmp_path, tmp_path / "cut", weights="w")
+    path = tmp_path / "cut" / "predictions.jsonl"
+    path.write_text(path.read_text() + '{"id": "100', encoding="utf-8")
+    second = Scripted(items)
+    run_benchmark(second, vqa, tmp_path, tmp_path / "cut", weights="w")
+    assert len(second.asked) == 12 - 5
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+@pytest.mark.parametrize("change", ["weights", "control", "image", "nothing"])
+def test_rows_are_kept_only_for_the_same_question_to_the_same_model(
+    tmp_path: Path, change: str
+) -> None:
+    vqa = BENCHMARKS["vqav2"]
+    items = vqa.load(vqa_files(tmp_path))
+    run_benchmark(Scripted(items), vqa, tmp_path, tmp_path / "out", weights="w")
+    if change == "image":
+        (tmp_path / "val2014" / "COCO_val2014_000000000001.jpg").write_bytes(b"new picture")
+    again = Scripted(items)
+    weights = "other" if change == "weights" else "w"
+    control = "shuffled" if change == "control" else None
+    run_benchmark(again, vqa, tmp_path, tmp_path / "out", weights=weights, control=control)
+    expected = {"weights": 12, "control": 12, "image": 3, "nothing": 0}
+    assert len(again.asked) == expected[change]
+
+
+def test_an_error_withholds_the_score_and_is_asked_again(tmp_path: Path) -> None:
+    vqa = BENCHMARKS["vqav2"]
+    items = vqa.load(vqa_files(tmp_path))
+    failing = Scripted(items, fail=items[0].id)
+    scores = run_benchmark(failing, vqa, tmp_path, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores.withheld and saved["metrics"] is None and saved["errors"] == 1
+    rows = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert len(rows) == 12 and json.loads(rows[0])["score"] is None
+    lenient = run_benchmark(failing, vqa, tmp_path, tmp_path / "out", allow_errors=True)
+    assert failing.asked[12:] == [items[0].id]
+    assert lenient.metrics is not None and lenient.errors == 1
+    mended = run_benchmark(Scripted(items), vqa, tmp_path, tmp_path / "out")
+    assert mended.metrics is not None and mended.metrics["accuracy"] == 100
+
+
+def test_scores_file_has_the_promised_keys(tmp_path: Path) -> None:
+    vqa = BENCHMARKS["vqav2"]
+    items = vqa.load(vqa_files(tmp_path))
+    run_benchmark(Scripted(items), vqa, tmp_path, tmp_path / "out", limit=6)
+    saved = json.loads((tmp_path / "out" / "scores.json").read_text())
+    promised = "benchmark metrics n unparsed missing errors interval protocol base_rate by_category"
+    assert set(promised.split()) <= set(saved)
+    assert saved["n"] == 6 and saved["interval"]["accuracy"] == [100, 100]
+    assert (
+        saved["protocol"]["fingerprint"] == full_protocol(vqa, take_evenly(items, 6))["fingerprint"]
+    )
+    assert saved["protocol"]["fingerprint"] != full_protocol(vqa, items)["fingerprint"]
+
+
+def test_the_interval_draws_images_not_questions(tmp_path: Path) -> None:
+    """Ten images all right or all wrong: as wide as ten draws, however many questions each has."""
+    rows: list[dict[str, object]] = []
+    labels = []
+    for n in range(200):
+        image = n // 20
+        labels.append({"question_id": n, "image": f"{image}.jpg", "text": "?", "label": "yes"})
+        rows.append({"question_id": n, "text": "yes" if image % 2 else "no"})
+    dump_lines(tmp_path / "coco_pope_random.json", labels)
+    scores = rescore(BENCHMARKS["pope"], tmp_path, dump_lines(tmp_path / "a.jsonl", rows))
+    low, high = scores.interval["recall"]
+    assert low == pytest.approx(20, abs=11) and high == pytest.approx(80, abs=11)
+
+
+def test_shuffling_gives_every_image_another_one(tmp_path: Path) -> None:
+    items = BENCHMARKS["vqav2"].load(vqa_files(tmp_path))
+    for seed in range(5):
+        shuffled = shuffle_images(items, seed)
+        assert all(a.image != b.image for a, b in zip(items, shuffled, strict=True))
+        assert sorted(str(a.image) for a in items) == sorted(str(b.image) for b in shuffled)
+        assert [a.truth for a in items] == [b.truth for b in shuffled]
+
+
+def test_a_limit_keeps_the_shares_of_the_categories(tmp_path: Path) -> None:
+    items = BENCHMARKS["pope"].load(pope_files(tmp_path))
+    assert [item.category for item in take_evenly(items, 3)] == ["adversarial", "random", "popular"]
+
+
+# --- errors a user can act on -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BENCHMARKS.names())
+def test_absent_files_are_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=f"{name}.*looked for|{name}: no label file"):
+        BENCHMARKS[name].load(tmp_path)
+
+
+def test_an_unknown_benchmark_is_answered_with_the_nearest() -> None:
+    with pytest.raises(PumiceError, match="Did you mean 'pope'"):
+        BENCHMARKS["popee"]
+
+
+def test_answers_of_another_benchmark_are_refused(tmp_path: Path) -> None:
+    answers = dump_lines(tmp_path / "a.jsonl", [{"question_id": "x", "text": "yes"}])
+    with pytest.raises(DataError, match="none of its ids"):
+        rescore(BENCHMARKS["vqav2"], vqa_files(tmp_path), answers)
+    answers = dump_lines(tmp_path / "a.jsonl", [{"id": "1000", "reply": "yes"}])
+    with pytest.raises(DataError, match="row 1.*id, reply"):
+        rescore(BENCHMARKS["vqav2"], tmp_path, answers)
