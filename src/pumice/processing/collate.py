@@ -1,0 +1,76 @@
+"""Encoded conversations to one padded batch.
+
+Shapes: B = conversations, T = tokens of the longest, N = image squares, I = images, S = their side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pumice.core.errors import PumiceError
+from pumice.models.constants import IGNORE
+from pumice.processing.processor import Encoded
+
+
+@dataclass
+class Batch:
+    """Padded conversations. Contract 2 (processing -> models).
+
+    `position_ids` restart at each document, and the padding is a document of its own: behind the
+    conversation and never learnt, it needs no attention mask in training. `grids` are the tiles of
+    each image (columns, rows).
+    """
+
+    input_ids: torch.Tensor  # long[B, T]
+    labels: torch.Tensor  # long[B, T]
+    position_ids: torch.Tensor  # long[B, T]
+    pixel_values: torch.Tensor  # float[N, 3, S, S]
+    grids: torch.Tensor  # long[I, 2]
+    lengths: torch.Tensor  # long[B]
+    sample_ids: list[str]
+
+    @property
+    def num_supervised(self) -> int:
+        """How many tokens are learnt; a first token is predicted from nothing and cannot be."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS},
+        )
+
+
+_TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "grids", "lengths")
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """Conversations padded on the right -> long[B, T] ids, labels, positions; float[N, 3, S, S]."""
+    if not encoded:
+        raise PumiceError(
+            "an empty list cannot become a batch; one or more encoded conversations are needed. "
+            "Check that the data has rows."
+        )
+    lengths = [len(one.input_ids) for one in encoded]
+    longest = max(lengths)
+    input_ids = torch.full((len(encoded), longest), pad_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE)
+    position_ids = torch.empty_like(input_ids)
+    for row, (one, length) in enumerate(zip(encoded, lengths, strict=True)):
+        input_ids[row, :length] = torch.tensor(one.input_ids, dtype=torch.long)
+        labels[row, :length] = torch.tensor(one.labels, dtype=torch.long)
+        position_ids[row, :length] = torch.arange(length)
+        position_ids[row, length:] = torch.arange(longest - length)
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        pixel_values=torch.cat([one.pixel_values for one in encoded]),
+        grids=torch.ones(sum(one.num_images for one in encoded), 2, dtype=torch.long),
+        lengths=torch.tensor(lengths, dtype=torch.long),
+        sample_ids=[one.sample_id for one in encoded],
+    )

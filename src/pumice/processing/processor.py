@@ -1,0 +1,323 @@
+"""Messages and images to token ids, labels and pixels: the one road for training and generation.
+
+Ids and labels are built together, segment by segment, and never found again in text. What a prompt
+holds is therefore always the beginning of what was trained on. An image is a run of `IMAGE_ID`,
+which is outside every vocabulary: no text can forge one.
+
+Shapes: N = images, S = side of the pixel square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pumice.core.errors import DataError, PumiceError
+from pumice.core.files import read_json, write_json
+from pumice.core.images import open_image
+from pumice.core.types import ImagePart, Message, Sample
+from pumice.models.constants import IGNORE, IMAGE_ID
+from pumice.processing.images import ImageSpec, preprocess
+from pumice.processing.templates import BOS, EOS, TEMPLATES, Segment, Template, Token
+from pumice.processing.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROCESSOR_FILE = "processor.json"
+FORMAT, VERSION = "pumice-processor", 1
+_FIELDS = ("format", "version", "template", "system", "image", "image_tokens", "check")
+# Marks, spaces, line breaks, several scripts, and spellings of special tokens.
+_CHECK_TEXT = " Yes:  a cat,\n\n3.14 naïve 猫 고양이 😀 </s> <image>"
+
+
+@dataclass
+class Encoded:
+    """One conversation ready for a batch: `pixel_values` float[N, 3, S, S], lists of one length.
+
+    `labels` hold the id itself where it is learnt and IGNORE elsewhere; `input_ids` hold IMAGE_ID
+    once for every image token.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: torch.Tensor
+    num_images: int
+    sample_id: str = ""
+
+    @property
+    def num_supervised(self) -> int:
+        """How many tokens are learnt."""
+        return len(self.labels) - self.labels.count(IGNORE)
+
+
+class Processor:
+    """Encodes conversations for one tokenizer, image preparation and template.
+
+    `system` None is the template's own system text and "" none. A template that keeps images alone
+    (`plain`) has no place for a system text and leaves it out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        image_spec: ImageSpec,
+        template: str | Template,
+        system: str | None,
+        image_tokens: int,
+        *,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
+        if image_tokens < 1:
+            raise PumiceError(
+                f"image_tokens is {image_tokens}; 1 or more are allowed. Give the image_tokens of "
+                "the model."
+            )
+        self.tokenizer = tokenizer
+        self.image_spec = image_spec
+        self.template = TEMPLATES[template] if isinstance(template, str) else template
+        self.system = system
+        self.image_tokens = image_tokens
+        self._text = text_encoder or TextEncoder(tokenizer)
+        self._token_ids = self._find_tokens()
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up a batch; never learnt, so it may be the end token as well."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in known if token is not None))
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the template's own end token, then the tokenizer's."""
+        ends = [self.template.end, EOS] if self.template.end else [EOS]
+        ids = [self._text.token_id(token) for token in ends]
+        return tuple(dict.fromkeys(index for index in ids if index is not None))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer, for templates without an end token."""
+        return self.template.stop
+
+    def with_template(self, template: str | Template, system: str | None = None) -> Processor:
+        """The same tokenizer and image preparation under another template."""
+        return Processor(
+            self.tokenizer,
+            self.image_spec,
+            template,
+            system,
+            self.image_tokens,
+            text_encoder=self._text,
+        )
+
+    def encode(self, sample: Sample, max_tokens: int | None = None) -> Encoded:
+        """A training conversation; pixel_values float[N, 3, S, S].
+
+        More than `max_tokens` tokens (image tokens counted) is an error; nothing is cut off.
+        """
+        where = f"sample {sample.id!r}" + (f" ({sample.source})" if sample.source else "")
+        encoded = self._encode(
+            sample.messages, where, open_turn=False, max_tokens=max_tokens, pixels=True
+        )
+        encoded.sample_id = sample.id
+        return encoded
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        where: str = "the prompt",
+        max_tokens: int | None = None,
+        pixels: bool = True,
+    ) -> Encoded:
+        """A conversation that waits for its answer; pixel_values float[N, 3, S, S].
+
+        Nothing in it is learnt. `pixels` False leaves the images unopened (N = 0), for callers that
+        keep image features.
+        """
+        encoded = self._encode(
+            messages, where, open_turn=True, max_tokens=max_tokens, pixels=pixels
+        )
+        encoded.labels = [IGNORE] * len(encoded.input_ids)
+        return encoded
+
+    def load_image(self, image: ImagePart, where: str = "") -> torch.Tensor:
+        """One image opened and prepared -> float[3, S, S]."""
+        return preprocess(open_image(image.image, where=where), self.image_spec)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids without special tokens; image positions leave no trace."""
+        text = self.tokenizer.decode(
+            [index for index in ids if index >= 0],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return str(text)
+
+    def save(self, directory: Path | str) -> None:
+        """Writes the tokenizer's files and processor.json, which holds the template as data."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(directory)
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "template": self.template.to_dict(),
+            "system": self.system,
+            "image": self.image_spec.to_dict(),
+            "image_tokens": self.image_tokens,
+            "check": {"text": _CHECK_TEXT, "ids": self._read_check(_CHECK_TEXT)},
+        }
+        write_json(directory / PROCESSOR_FILE, data)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Processor:
+        """The processor written by `save`; a tokenizer that reads text otherwise is an error."""
+        from transformers import PreTrainedTokenizerFast
+
+        directory = Path(directory)
+        data = _read_processor_file(directory)
+        if not (directory / "tokenizer.json").is_file():
+            raise PumiceError(
+                f"{directory} holds no tokenizer.json; the tokenizer files belong beside "
+                f"{PROCESSOR_FILE}. Copy the whole checkpoint directory again."
+            )
+        # This class takes tokenizer.json as it is; a family's own class may rebuild it.
+        processor = cls(
+            PreTrainedTokenizerFast.from_pretrained(directory),
+            ImageSpec.from_dict(data["image"]),
+            Template.from_dict(data["template"]),
+            data["system"],
+            data["image_tokens"],
+        )
+        given = processor._read_check(data["check"]["text"])
+        if given != data["check"]["ids"]:
+            raise PumiceError(
+                f"the tokenizer in {directory} reads a text other than when it was saved: "
+                f"{given} instead of {data['check']['ids']} for {data['check']['text']!r}. The "
+                "model's answers would be wrong. Restore the tokenizer files, or use the versions "
+                "of transformers and tokenizers that saved them."
+            )
+        return processor
+
+    def _read_check(self, text: str) -> list[int]:
+        return self._text.start(text) + self._text.after_token(text.strip())
+
+    def _encode(
+        self,
+        messages: Sequence[Message],
+        where: str,
+        *,
+        open_turn: bool,
+        max_tokens: int | None,
+        pixels: bool,
+    ) -> Encoded:
+        segments = self.template.segments(
+            messages, open_turn=open_turn, system=self.system, where=where
+        )
+        ids, labels = self._assemble(segments, where)
+        images = [segment.image for segment in segments if segment.image is not None]
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise DataError(
+                f"{where} has {len(ids)} tokens ({len(images) * self.image_tokens} of them for "
+                f"{len(images)} images); at most {max_tokens} are allowed and nothing is cut off. "
+                "Shorten it, raise max_tokens, or take it out of the data."
+            )
+        return Encoded(ids, labels, self._pixels(images if pixels else [], where), len(images))
+
+    def _assemble(self, segments: Sequence[Segment], where: str) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        last: Segment | None = None
+        for segment in segments:
+            if segment.kind == "token" and Token(segment.text) not in self._token_ids:
+                continue  # BOS of a tokenizer that has none
+            piece = self._piece(segment, last, where)
+            if segment.learn and not piece:
+                raise DataError(
+                    f"{where}: the answer {segment.text[:60]!r} has no tokens under this "
+                    "tokenizer; an answer needs at least one. Change or remove the sample."
+                )
+            ids += piece
+            labels += piece if segment.learn else [IGNORE] * len(piece)
+            # At the very front the mark of a sequence's start belongs to the text after BOS.
+            last = None if len(ids) == 1 and segment.text == BOS.name else segment
+        return ids, labels
+
+    def _piece(self, segment: Segment, last: Segment | None, where: str) -> list[int]:
+        if segment.kind == "image":
+            return [IMAGE_ID] * self.image_tokens
+        if segment.kind == "token":
+            return [self._token_ids[Token(segment.text)]]
+        if last is None or last.kind == "image":
+            return self._text.start(segment.text, where)
+        if last.kind == "token":
+            return self._text.after_token(segment.text, where)
+        return self._text.after_text(last.text, segment.text, where)
+
+    def _pixels(self, images: Sequence[ImagePart], where: str) -> torch.Tensor:
+        side = self.image_spec.size
+        out = torch.empty(len(images), 3, side, side)
+        for number, image in enumerate(images):
+            of = f", image {number + 1} of {len(images)}" if len(images) > 1 else ""
+            out[number] = self.load_image(image, f"{where}{of}")
+        return out
+
+    def _find_tokens(self) -> dict[Token, int]:
+        """Ids of the template's special tokens; BOS alone may be missing."""
+        found: dict[Token, int] = {}
+        for token in (BOS, *self.template.tokens()):
+            index = self._text.token_id(token)
+            if index is not None:
+                found[token] = index
+            elif token != BOS:
+                name = "an end token (eos_token)" if token == EOS else f"the token {token.name!r}"
+                raise PumiceError(
+                    f"template {self.template.name!r} needs {name}, which the tokenizer lacks. "
+                    f"Use another template ({', '.join(TEMPLATES.names())}), or a tokenizer that "
+                    "has this token."
+                )
+        return found
+
+
+def _read_processor_file(directory: Path) -> dict[str, Any]:
+    path = directory / PROCESSOR_FILE
+    if not path.is_file():
+        held = sorted(entry.name for entry in directory.iterdir())[:8] if directory.is_dir() else []
+        raise PumiceError(
+            f"{directory} holds no {PROCESSOR_FILE} (found: {', '.join(held) or 'nothing'}); a "
+            "pumice checkpoint directory is needed. Check the path, or convert the model first."
+        )
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+        raise PumiceError(
+            f"{path} is not a processor file of version {VERSION}; it must hold "
+            f'"format": "{FORMAT}" and "version": {VERSION}. Save the processor again, or use the '
+            "version of pumice that wrote it."
+        )
+    wrong = sorted(set(data) ^ set(_FIELDS)) + [
+        key for key, fits in _FITS.items() if key in data and not fits(data[key])
+    ]
+    if wrong:
+        raise PumiceError(
+            f"{path}: unknown, missing or wrongly typed: {', '.join(wrong)}; its fields are "
+            f"{', '.join(_FIELDS)}. Save the processor again."
+        )
+    return data
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "template": lambda value: isinstance(value, dict),
+    "image": lambda value: isinstance(value, dict),
+    "system": lambda value: value is None or isinstance(value, str),
+    "image_tokens": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "check": lambda value: (
+        isinstance(value, dict)
+        and isinstance(value.get("text"), str)
+        and isinstance(value.get("ids"), list)
+    ),
+}
