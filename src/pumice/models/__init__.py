@@ -1,0 +1,1 @@
+"""The architecture, and nothing about data: backbones, connectors, the model, checkpoints."""
