@@ -1,0 +1,1 @@
+"""The room that answers: requests in, results out, through one batched engine with a cache."""

@@ -1,0 +1,144 @@
+"""A model to talk to: `pumice.load("pocket").ask("What is this?", images=["cat.jpg"])`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pumice.core.errors import PumiceError
+from pumice.core.registry import suggest
+from pumice.core.shipped import resolve_model
+from pumice.core.types import Message, Request, Result, Sampling, user
+from pumice.infer.engine import Engine
+from pumice.infer.requests import chat_messages
+from pumice.models.checkpoint import load_lmm
+from pumice.processing.processor import Processor
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from pumice.models.lmm import LMM
+
+    ImageLike = str | Path | bytes | PIL.Image.Image
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Model:
+    """A language-and-vision model with its processor, ready to answer."""
+
+    def __init__(self, lmm: LMM, processor: Processor, max_batch: int = 16) -> None:
+        self.lmm = lmm
+        self.processor = processor
+        self.engine = Engine(lmm, processor, max_batch)
+
+    def ask(self, text: str, images: Sequence[ImageLike] = (), **sampling: Any) -> Result:
+        """The answer to one question about any number of images; raises when there is none.
+
+        `sampling` are fields of `pumice.Sampling`, such as max_new_tokens or temperature.
+        """
+        [result] = self.engine.generate([_question(text, images, sampling)])
+        if result.error is not None:
+            raise PumiceError(result.error)
+        return result
+
+    def generate(
+        self, requests: Sequence[Request], on_result: Callable[[Result], None] | None = None
+    ) -> list[Result]:
+        """One result per request, in their order; a failed request is a result with an error."""
+        return self.engine.generate(requests, on_result)
+
+    def stream(
+        self, text: str | Request, images: Sequence[ImageLike] = (), **sampling: Any
+    ) -> Generator[str, None, Result]:
+        """The answer in pieces of whole characters; takes what `ask` takes, or a request."""
+        request = text if isinstance(text, Request) else _question(text, images, sampling)
+        return self.engine.stream(request)
+
+    def logits(
+        self,
+        messages: str | Sequence[Message | Mapping[str, Any]],
+        images: Sequence[ImageLike] = (),
+    ) -> torch.Tensor:
+        """Messages -> float[T, V] over the whole prompt, image tokens expanded.
+
+        Messages are ours, OpenAI chat messages, or one question as text; `images` go in front of
+        the first user turn.
+        """
+        return self.engine.logits(_messages(messages, images))
+
+
+def load(
+    name_or_dir: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    max_batch: int = 16,
+) -> Model:
+    """The model of a checkpoint directory, or a shipped one by its name.
+
+    Without `device` the GPU if there is one; without `dtype` bfloat16 there and float32 on CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise PumiceError(
+                f"dtype {dtype!r} is unknown; known: {', '.join(_DTYPES)}.{suggest(dtype, _DTYPES)}"
+            )
+        dtype = _DTYPES[dtype]
+    directory = resolve_model(name_or_dir)
+    lmm = load_lmm(directory, dtype=dtype, device=device)
+    return Model(lmm, Processor.load(directory), max_batch)
+
+
+def _question(text: str, images: Sequence[ImageLike], sampling: dict[str, Any]) -> Request:
+    known = [field.name for field in fields(Sampling)]
+    for name in sampling:
+        if name not in known:
+            raise PumiceError(
+                f"sampling {name!r} is unknown; known: {', '.join(known)}.{suggest(name, known)}"
+            )
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = (sampling["stop"],)
+    return Request((user(text, *_images(images)),), Sampling(**sampling))
+
+
+def _messages(
+    messages: str | Sequence[Message | Mapping[str, Any]], images: Sequence[ImageLike]
+) -> tuple[Message, ...]:
+    if isinstance(messages, str):
+        return (user(messages, *_images(images)),)
+    read: list[Message] = []
+    for message in messages:
+        if isinstance(message, Message):
+            read.append(message)
+        else:
+            read.extend(chat_messages([message], images_dir=Path()))
+    if not images:
+        return tuple(read)
+    first = next((place for place, m in enumerate(read) if m.role == "user"), None)
+    if first is None or any(message.images for message in read):
+        raise PumiceError(
+            f"{len(images)} images are given beside messages that "
+            + ("have no user turn." if first is None else "hold images themselves.")
+            + " Give the images in one of the two ways, with a user turn."
+        )
+    read[first] = user(read[first].text, *_images(images))
+    return tuple(read)
+
+
+def _images(images: Sequence[ImageLike]) -> list[Path | bytes | PIL.Image.Image]:
+    if isinstance(images, str | bytes | Path):
+        raise PumiceError(f"images is {images!r:.60}; a list of images is needed: images=[...].")
+    return [Path(image) if isinstance(image, str) else image for image in images]
