@@ -1,0 +1,1 @@
+"""Training: stages, the loop, the optimizer, exact resume. Knows nothing of evaluation."""

@@ -1,0 +1,41 @@
+"""What a run measures about itself: metrics.jsonl, memory, and the hash of each part."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pumice.core.files import read_jsonl, write_atomic
+
+
+def keep_until(path: Path, stage: str, step: int) -> None:
+    """Drop the rows of `stage` from `step` on: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    rows = list(read_jsonl(path, allow_cut_tail=True))
+    kept = [lines[n - 1] for n, row in rows if row["stage"] != stage or row["step"] <= step]
+    write_atomic(path, "".join(kept))
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@torch.no_grad()
+def part_hash(part: nn.Module) -> str:
+    """A hash of all weights of a part, to show which parts a stage moved."""
+    digest = hashlib.sha256()
+    for name, parameter in part.named_parameters():
+        digest.update(name.encode())
+        raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()

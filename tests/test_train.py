@@ -1,0 +1,233 @@
+"""Training: what moves, exact resume, equal seeds, and errors that stop a run."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from pumice.core.errors import PumiceError
+from pumice.models.checkpoint import load_lmm
+from pumice.train import trainer
+from pumice.train.metrics import part_hash
+from pumice.train.optim import learning_rate_factor
+from pumice.train.stages import DataSpec, StageSpec, run_stage
+from pumice.world.datasets import make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, images=24, eval_images=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("backbones")
+    return tiny.vision_folder(folder / "vision"), tiny.language_folder(folder / "language")
+
+
+@pytest.fixture
+def spec(world: Path, backbones: tuple[Path, Path]) -> StageSpec:
+    return StageSpec(
+        name="align",
+        vision=backbones[0],
+        vision_layer=-2,
+        vision_select="patch",
+        connector="mlp2x_gelu",
+        language=backbones[1],
+        init=None,
+        image_mode="pad",
+        template="plain",
+        system=None,
+        final_template="vicuna_v1",
+        final_system="",
+        train={"connector": 1e-2},
+        data=(DataSpec(path=world / "llava" / "pretrain.json", images=world / "images"),),
+        steps=6,
+        epochs=None,
+        batch_size=4,
+        save_every=2,
+    )
+
+
+def tune_spec(spec: StageSpec, world: Path, init: Path) -> StageSpec:
+    data = (DataSpec(path=world / "llava" / "instruct.json", images=world / "images"),)
+    rates = {"connector": 1e-3, "language": 1e-3}
+    return dataclasses.replace(
+        spec, name="tune", init=init, template="vicuna_v1", system="", data=data, train=rates
+    )
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    lmm = load_lmm(checkpoint)
+    return {name: part_hash(getattr(lmm, name)) for name in ("vision", "connector", "language")}
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_align_moves_the_connector_and_tune_also_the_language_model(
+    spec: StageSpec, world: Path, tmp_path: Path
+) -> None:
+    start = hashes(run_stage(dataclasses.replace(spec, steps=1, name="one"), tmp_path).checkpoint)
+    align = hashes(run_stage(spec, tmp_path).checkpoint)
+    assert align["vision"] == start["vision"] and align["language"] == start["language"]
+    assert align["connector"] != start["connector"]
+    tune = hashes(run_stage(tune_spec(spec, world, tmp_path / "align"), tmp_path).checkpoint)
+    assert tune["vision"] == align["vision"]
+    assert tune["connector"] != align["connector"] and tune["language"] != align["language"]
+    record = json.loads((tmp_path / "tune" / "training.json").read_text())
+    assert {n: p["moved"] for n, p in record["parts"].items()} == {
+        "vision": False, "connector": True, "language": True,
+    }  # fmt: skip
+
+
+def test_equal_seeds_give_equal_runs_and_threads_change_nothing(
+    spec: StageSpec, tmp_path: Path
+) -> None:
+    one = run_stage(spec, tmp_path / "one").checkpoint
+    two = run_stage(dataclasses.replace(spec, workers=3), tmp_path / "two").checkpoint
+    other = run_stage(dataclasses.replace(spec, seed=1), tmp_path / "other").checkpoint
+    assert hashes(one) == hashes(two)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert hashes(one)["connector"] != hashes(other)["connector"]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The process gets SIGTERM while it works on this step."""
+    original = trainer.Trainer._step
+
+    def stepping(self, number, batch):  # type: ignore[no-untyped-def]
+        row = original(self, number, batch)
+        if number + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(trainer.Trainer, "_step", stepping)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    spec: StageSpec, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = run_stage(spec, tmp_path / "whole").checkpoint
+    tune = tune_spec(spec, world, init)
+    whole = run_stage(tune, tmp_path / "whole").checkpoint
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(SystemExit, match="stopped after step 3"):
+            run_stage(tune, tmp_path / "stopped")
+    resumed = run_stage(tune, tmp_path / "stopped")
+    assert resumed.resumed_from == 3
+    assert hashes(resumed.checkpoint) == hashes(whole)
+    tail = losses(tmp_path / "whole")[-6:]
+    assert losses(tmp_path / "stopped") == tail
+    assert not (tmp_path / "stopped" / "tune.states").exists()
+
+
+def test_a_damaged_last_state_falls_back_to_the_one_before(
+    spec: StageSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = run_stage(spec, tmp_path / "whole").checkpoint
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(SystemExit):
+            run_stage(spec, tmp_path / "stopped")
+    states = sorted((tmp_path / "stopped" / "align.states").glob("*.pt"))
+    assert [state.name for state in states] == ["step_00000004.pt", "step_00000005.pt"]
+    states[-1].write_bytes(states[-1].read_bytes()[:-100])
+    resumed = run_stage(spec, tmp_path / "stopped")
+    assert resumed.resumed_from == 4
+    assert "damaged" in caplog.text
+    assert hashes(resumed.checkpoint) == hashes(whole)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_finished_stage_is_not_trained_again_and_another_recipe_is_refused(
+    spec: StageSpec, tmp_path: Path
+) -> None:
+    run_stage(spec, tmp_path)
+    before = (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns
+    run_stage(spec, tmp_path)
+    assert (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(PumiceError, match="another recipe"):
+        run_stage(dataclasses.replace(spec, batch_size=8), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pumice.models.lmm import LMM
+
+    original = LMM.loss
+
+    def broken(self, batch, features=None):  # type: ignore[no-untyped-def]
+        loss, count = original(self, batch, features)
+        return loss * float("nan"), count
+
+    monkeypatch.setattr(LMM, "loss", broken)
+    with pytest.raises(PumiceError, match=r"stopped at step 1.*align\.not_finite\.json"):
+        run_stage(spec, tmp_path)
+    assert len(json.loads((tmp_path / "align.not_finite.json").read_text())["samples"]) == 4
+
+
+def test_an_unknown_part_is_refused(spec: StageSpec, tmp_path: Path) -> None:
+    with pytest.raises(PumiceError, match="projector.*vision, connector, language"):
+        run_stage(dataclasses.replace(spec, train={"projector": 1e-3}), tmp_path)
+
+
+def test_text_only_data_trains_without_any_image(spec: StageSpec, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
+    rows = [{"id": str(n), "conversations": turns} for n in range(4)]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    data = (DataSpec(path=tmp_path / "text.json", images=tmp_path),)
+    text = dataclasses.replace(
+        spec, data=data, template="vicuna_v1", train={"language": 1e-2}, steps=3
+    )
+    run_stage(text, tmp_path)
+    found = losses(tmp_path)
+    assert found[-1] < found[0]
+
+
+def test_schedule_matches_the_reference_numbers() -> None:
+    # LLaVA-1.5's tune stage: 5198 steps, warm-up ceil(0.03 * 5198) = 156, cosine to zero.
+    factors = [learning_rate_factor(step, 5198, 0.03, "cosine") for step in range(5198)]
+    assert factors[0] == 0.0 and factors[156] == 1.0 and factors[78] == 0.5
+    assert factors[(156 + 5198) // 2] == pytest.approx(0.5, abs=1e-3)
+    assert 0 < factors[-1] < 1e-6
+
+
+def test_training_in_a_thread_leaves_signals_alone(spec: StageSpec, tmp_path: Path) -> None:
+    thread = threading.Thread(target=run_stage, args=(spec, tmp_path))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "align" / "training.json").is_file()
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
+    spec: StageSpec, tmp_path: Path
+) -> None:
+    from pumice.train.stages import _build_loader, _build_model, _build_processor
+
+    lmm = _build_model(spec)
+    loader = _build_loader(spec, _build_processor(spec, lmm))
+    batch = loader.batch_at(0)
+    with torch.no_grad():
+        together, count = lmm.loss(batch)
+        logits = lmm(batch.input_ids, batch.position_ids, batch.pixel_values).float()
+    log_probabilities = logits[:, :-1].log_softmax(-1)
+    targets = batch.labels[:, 1:]
+    picked = log_probabilities.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = -picked[targets >= 0]
+    assert count == len(expected) == batch.num_supervised
+    assert torch.allclose(together, expected.sum(), rtol=1e-5)
