@@ -1,0 +1,1 @@
+"""Recipes: the schema of a whole run, its shipped examples, and `key=value` overrides."""

@@ -1,0 +1,225 @@
+"""Read a recipe: by shipped name or from a YAML file, with `key=value` overrides on top."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pumice.core.errors import PumiceError
+from pumice.core.registry import suggest
+from pumice.recipe.schema import Recipe
+from pumice.recipe.yaml_text import dump_yaml, parse_yaml
+
+_SHIPPED = Path(__file__).parent / "recipes"
+
+# pydantic's words for the mistakes people make, in the form: what is allowed.
+_WORDS = {
+    "missing": "this key is required and missing",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be a text",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Override:
+    """One `key=value` of the command line, split and parsed."""
+
+    text: str
+    path: tuple[str, ...]
+    value: Any
+
+    @property
+    def dotted(self) -> str:
+        """The key as it was written."""
+        return ".".join(self.path)
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes by name."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of that name or file with the overrides applied, checked as a whole.
+
+    Raises PumiceError naming the full dotted path, the file or override, and what is allowed.
+    """
+    path = _find(name_or_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PumiceError(f"recipe file {path} cannot be read: {error}") from error
+    tree = parse_yaml(text, _shown(path))
+    if not isinstance(tree, dict):
+        raise PumiceError(
+            f"recipe file {_shown(path)} holds {_kind(tree)}; a recipe is a mapping with at least "
+            "the keys name, model and stages. See `pumice recipes show pocket`."
+        )
+    parsed = [_parse_override(text) for text in overrides or []]
+    for override in parsed:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise PumiceError(_explain(error, _shown(path), parsed)) from error
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; loading this text gives the same recipe."""
+    return dump_yaml(recipe.model_dump())
+
+
+def _find(name_or_file: str) -> Path:
+    known = recipe_names()
+    if name_or_file in known:
+        return _SHIPPED / f"{name_or_file}.yaml"
+    path = Path(name_or_file).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise PumiceError(
+            f"recipe '{name_or_file}' is a directory; give the YAML file itself, for example "
+            f"{path / 'recipe.yaml'}."
+        )
+    if path.suffix in {".yaml", ".yml"}:
+        raise PumiceError(
+            f"recipe file {name_or_file} does not exist. Give an existing YAML file or one of the "
+            f"shipped recipes: {', '.join(known)}."
+        )
+    raise PumiceError(
+        f"recipe '{name_or_file}' is unknown; shipped recipes: {', '.join(known)}."
+        f"{suggest(name_or_file, known)} A path to a YAML file is allowed too."
+    )
+
+
+def _shown(path: Path) -> str:
+    """Shipped recipes are shown by their place in the package, other files as they were given."""
+    return f"recipes/{path.name}" if path.parent == _SHIPPED else str(path)
+
+
+def _parse_override(text: str) -> _Override:
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise PumiceError(
+            f"override '{text}' is not of the form key=value; write the key with dots and no "
+            "spaces around '=', for example stages.tune.steps=200."
+        )
+    return _Override(text, path, parse_yaml(value, f"override '{text}'"))
+
+
+def _apply(tree: dict[str, Any], override: _Override) -> None:
+    """Set the value at its dotted place; sections that are null or absent are made."""
+    node: Any = tree
+    for depth, key in enumerate(override.path):
+        last = depth == len(override.path) - 1
+        if isinstance(node, list):
+            node = _apply_to_list(node, key, override, last)
+        elif isinstance(node, dict):
+            if last:
+                node[key] = override.value
+            elif node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            parent = ".".join(override.path[:depth])
+            raise PumiceError(
+                f"override '{override.text}': {parent} is {_kind(node)} ({node!r}) and has no key "
+                f"'{key}'. Set {parent} itself, or see the keys with `pumice recipes show`."
+            )
+
+
+def _apply_to_list(node: list[Any], key: str, override: _Override, last: bool) -> Any:
+    if not key.isdigit() or int(key) >= len(node):
+        raise PumiceError(
+            f"override '{override.text}': '{key}' must be a position in a list of {len(node)} "
+            f"(0 to {len(node) - 1}); to change its length, override the whole list."
+        )
+    if last:
+        node[int(key)] = override.value
+    return node[int(key)]
+
+
+def _explain(error: ValidationError, file: str, overrides: list[_Override]) -> str:
+    lines = [_explain_one(detail, file, overrides) for detail in error.errors()]
+    if len(lines) == 1:
+        return f"recipe not valid: {lines[0]}"
+    return "recipe not valid:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _explain_one(detail: ErrorDetails, file: str, overrides: list[_Override]) -> str:
+    place = [str(part) for part in detail["loc"] if part != "[key]"]
+    dotted = ".".join(place) or "the recipe"
+    where = _blame(place, file, overrides)
+    kind = detail["type"]
+    if kind == "extra_forbidden" or detail["loc"][-1:] == ("[key]",):
+        known = _known_keys(place[:-1])
+        return (
+            f"{dotted} is an unknown key (in {where}); known here: {', '.join(known)}."
+            f"{suggest(place[-1], known)}"
+        )
+    if kind == "missing":
+        return f"{dotted}: {_WORDS[kind]} (in {where})"
+    if kind == "value_error":
+        words = str(detail["ctx"]["error"])
+        return f"{dotted}: {words} (in {where})"
+    if kind == "literal_error":
+        words = f"must be {detail['ctx']['expected']}"
+        given = detail["input"]
+        if isinstance(given, str):
+            words += "." + suggest(given, detail["ctx"]["expected"].replace("'", " ").split())
+        return f"{dotted} is {given!r} (in {where}); {words}"
+    words = _WORDS.get(kind, detail["msg"].replace("Input should be", "must be"))
+    return f"{dotted} is {detail['input']!r} (in {where}); {words}"
+
+
+def _blame(place: list[str], file: str, overrides: list[_Override]) -> str:
+    """Where the value came from: the override that set it, or the file."""
+    for override in reversed(overrides):
+        if all(a == b for a, b in zip(place, override.path, strict=False)):
+            return f"the override '{override.text}' on {file}"
+    return file
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    """The keys the schema allows at a dotted place."""
+    annotation: Any = Recipe
+    for key in place:
+        model = _model_in(annotation)
+        if model is not None and key in model.model_fields:
+            annotation = model.model_fields[key].annotation
+        elif typing.get_origin(annotation) is list:
+            annotation = typing.get_args(annotation)[0]
+    model = _model_in(annotation)
+    if model is not None:
+        return list(model.model_fields)
+    if typing.get_origin(annotation) is dict:
+        return [str(key) for key in typing.get_args(typing.get_args(annotation)[0])]
+    return []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class in `X` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in {types.UnionType, typing.Union}:
+        for choice in typing.get_args(annotation):
+            if isinstance(choice, type) and issubclass(choice, BaseModel):
+                return choice
+    return None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "a text", int: "a number", float: "a number"}
+    return names.get(type(value), "empty" if value is None else f"a {type(value).__name__}")
