@@ -1,0 +1,99 @@
+"""`pumice eval`: a model on benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pumice.cli.options import (
+    AllowErrorsOption,
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    ModelArg,
+    example,
+)
+from pumice.cli.output import note, say, say_json
+from pumice.cli.score_text import score_table
+from pumice.cli.weights import weights_hash
+from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.eval.benchmark import Benchmark
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    line = "pumice eval pocket --bench pope,vqav2 --data runs/world --out runs/eval"
+    app.command("eval", epilog=example(line))(evaluate)
+
+
+def evaluate(
+    model: ModelArg,
+    bench: Annotated[
+        str, typer.Option("--bench", metavar="NAME[,NAME]", help="The benchmarks to run.")
+    ],
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = 16,
+    control: Annotated[
+        str | None,
+        typer.Option("--control", help="'shuffled': each item gets another item's image."),
+    ] = None,
+    allow_errors: AllowErrorsOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a model on benchmarks.
+
+    DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes on where it
+    stopped. Exits with 1 when a score is withheld.
+    """
+    from pumice.eval.runner import run_benchmark
+    from pumice.infer.model import load
+
+    benchmarks = named_benchmarks(bench.split(","))
+    loaded = load(model, device=device, dtype=dtype, max_batch=batch_size)
+    weights = weights_hash(model)
+    all_scores = [
+        run_benchmark(
+            loaded.generate,
+            benchmark,
+            data,
+            out / (benchmark.name if control is None else f"{benchmark.name}-{control}"),
+            weights=weights,
+            limit=limit,
+            control=control,
+            allow_errors=allow_errors,
+        )
+        for benchmark in benchmarks
+    ]
+    if as_json:
+        say_json({"benchmarks": {scores.benchmark: scores.to_dict() for scores in all_scores}})
+    else:
+        say(score_table(all_scores))
+    for scores in all_scores:
+        for line in scores.notes:
+            note(f"{scores.benchmark}: {line}")
+    if any(scores.withheld for scores in all_scores):
+        raise typer.Exit(1)
+
+
+def named_benchmarks(names: list[str]) -> list[Benchmark]:
+    """The benchmarks of these names, each once; an unknown name is an error before a model runs."""
+    from pumice.eval.benchmarks import BENCHMARKS
+
+    wanted = [name.strip() for name in names if name.strip()]
+    if not wanted:
+        raise PumiceError(
+            f"no benchmark was named; known: {', '.join(BENCHMARKS.names())}. Name one or more, "
+            "with commas between them."
+        )
+    return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]

@@ -1,0 +1,118 @@
+"""`pumice generate`: a file of requests in, a file of answers out, one row per row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pumice.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    ModelArg,
+    ResumeOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
+    example,
+)
+from pumice.cli.output import note, say, say_json
+
+if TYPE_CHECKING:
+    from pumice.cli.answer_rows import Answers, Line
+    from pumice.core.types import Sampling
+    from pumice.infer.model import Model
+
+# Requests per call of the engine: enough to sort into batches of similar length, few enough that
+# the features of a call's images fit into memory.
+_CALL_SIZE = 512
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    line = "pumice generate pocket --requests questions.jsonl --images images --out answers.jsonl"
+    app.command("generate", epilog=example(line))(generate)
+
+
+def generate(
+    model: ModelArg,
+    requests: Annotated[
+        Path,
+        typer.Option(
+            "--requests",
+            metavar="FILE.jsonl",
+            help='Rows {"id", "messages"} (OpenAI chat) or {"question_id", "image", "text"}.',
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.jsonl", help="Where to write.")],
+    images: Annotated[
+        Path,
+        typer.Option("--images", metavar="DIR", help="Directory the image names are relative to."),
+    ] = Path(),
+    batch_size: BatchSizeOption = 16,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    resume: ResumeOption = "auto",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer every request of a file.
+
+    A request that fails becomes a row with an error. A stopped run goes on where it stopped and
+    tries failed rows again. In the end the rows stand in the order of the requests. Exits with 1
+    when no row could be answered.
+    """
+    from pumice.cli.answer_rows import Answers, read_lines
+    from pumice.cli.weights import weights_hash
+    from pumice.core.types import Sampling
+    from pumice.infer.model import load
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    lines = read_lines(requests, settings=[weights_hash(model), repr(sampling), str(images)])
+    with Answers(out, lines, resume=resume == "auto") as answers:
+        if answers.kept:
+            note(f"{answers.kept} of {len(lines)} rows are answered already")
+        loaded = load(model, device=device, dtype=dtype, max_batch=batch_size)
+        _answer(loaded, answers, images, sampling)
+        answers.finish()
+    summary = {"out": str(out), "rows": len(lines), "errors": answers.errors}
+    if as_json:
+        say_json(summary)
+    else:
+        say(f"{out}: {len(lines)} rows, {answers.errors} errors")
+    if lines and answers.errors == len(lines):
+        raise typer.Exit(1)
+
+
+def _answer(model: Model, answers: Answers, images: Path, sampling: Sampling) -> None:
+    from pumice.core.progress import progress
+    from pumice.core.types import Result
+
+    pending = answers.pending()
+    with progress(len(pending), "answering") as bar:
+        for start in range(0, len(pending), _CALL_SIZE):
+            asked: dict[str, Line] = {}
+            wanted = []
+            for line in pending[start : start + _CALL_SIZE]:
+                request = line.request(images, sampling)
+                if isinstance(request, Result):
+                    answers.write(line, request)
+                    bar.update(1)
+                else:
+                    asked[line.key] = line
+                    wanted.append(request)
+
+            def keep(result: Result, asked: dict[str, Line] = asked) -> None:
+                answers.write(asked[result.id], result)
+                bar.update(1)
+
+            model.generate(wanted, keep)

@@ -1,0 +1,297 @@
+"""`pumice run`: every stage of a recipe, then its evaluation and its report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pumice.cli.evaluate import named_benchmarks
+from pumice.cli.options import JsonOption, ResumeOption, example
+from pumice.cli.output import note, say, say_json
+from pumice.cli.score_text import score_table
+from pumice.cli.weights import weights_hash
+from pumice.cli.world import ensure_world
+from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.eval.scores import Scores
+    from pumice.recipe.schema import Recipe, Stage
+    from pumice.train.stages import StageResult, StageSpec
+
+# The recipe's keys that may change between two runs into one directory: they train nothing.
+_FREE_KEYS = {"name", "about", "source", "eval"}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What the evaluation of a run left: scores, the same with shuffled images, the report."""
+
+    scores: list[Scores]
+    shuffled: list[Scores]
+    report: Path
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    lines = (
+        "pumice run pocket --out runs/pocket",
+        "pumice run pocket stages.tune.steps=700 --out runs/short",
+    )
+    app.command("run", epilog=example(*lines))(run)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe.")
+    ] = None,
+    stage: Annotated[
+        Literal["align", "tune"] | None, typer.Option("--stage", help="Run this stage only.")
+    ] = None,
+    resume: ResumeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe: train, evaluate, report.
+
+    Its synthetic world is made first when it asks for one and the files are missing.
+    DIR gets each stage's checkpoint, recipe.yaml (resolved), metrics.jsonl, scores.json and
+    report.html. A stopped run goes on where it stopped. The evaluation follows the last stage;
+    exits with 1 when a score is withheld.
+    """
+    from pumice.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    check_choices(loaded, stage)
+    keep_recipe(loaded, out, resume=resume == "auto")
+    data = prepare_data(loaded, out)
+    specs = [spec for spec in stage_specs(loaded, data, out) if stage is None or spec.name == stage]
+    results = [run_one(spec, out, resume=resume == "auto") for spec in specs]
+    evaluated = None
+    if loaded.eval is not None and specs[-1].name == loaded.stage_list()[-1][0]:
+        evaluated = evaluate_run(loaded, results, data, out)
+    if as_json:
+        say_json(_summary(out, specs, results, evaluated))
+    else:
+        _tell(results, evaluated)
+    if evaluated is not None and any(scores.withheld for scores in evaluated.scores):
+        raise typer.Exit(1)
+
+
+def check_choices(recipe: Recipe, stage: str | None) -> None:
+    """Every name in the recipe means something, before anything is made or trained."""
+    from pumice.core.shipped import resolve_backbone
+    from pumice.models.connectors import build_connector
+    from pumice.processing.templates import TEMPLATES
+
+    names = [name for name, _ in recipe.stage_list()]
+    if stage is not None and stage not in names:
+        raise PumiceError(
+            f"recipe {recipe.name!r} has no stage {stage!r}; it has: {', '.join(names)}. Leave "
+            "--stage out to run all of them."
+        )
+    resolve_backbone(recipe.model.vision)
+    resolve_backbone(recipe.model.language)
+    build_connector(recipe.model.connector, 64, 64, 16)
+    for template in (recipe.model.template, *(s.template for _, s in recipe.stage_list())):
+        if template is not None:
+            TEMPLATES[template]
+    if recipe.eval is not None:
+        named_benchmarks(recipe.eval.benchmarks)
+
+
+def keep_recipe(recipe: Recipe, out: Path, *, resume: bool) -> None:
+    """Write recipe.yaml beside the results; going on with another recipe is an error."""
+    from pumice.core.files import write_atomic
+    from pumice.recipe.load import load_recipe, resolved_yaml
+
+    path = out / "recipe.yaml"
+    if resume and path.is_file():
+        there = load_recipe(str(path)).model_dump(exclude=_FREE_KEYS)
+        changed = _differences(there, recipe.model_dump(exclude=_FREE_KEYS))
+        if changed:
+            raise PumiceError(
+                f"{out} was made with another recipe: {'; '.join(changed[:5])}. Give another "
+                "--out, or --resume never to train here again."
+            )
+    write_atomic(path, resolved_yaml(recipe))
+
+
+def prepare_data(recipe: Recipe, out: Path) -> Path:
+    """The directory the recipe's paths are relative to, with every training file in it."""
+    data = out / "data" if recipe.data is None else Path(recipe.data).expanduser()
+    if recipe.world is not None:
+        ensure_world(data, **recipe.world.model_dump())
+    for name, stage in recipe.stage_list():
+        for entry in stage.data:
+            for path in (data / entry.path, data / entry.images):
+                if not path.exists():
+                    raise PumiceError(
+                        f"stage {name!r} of recipe {recipe.name!r} reads {path}, which does not "
+                        "exist. Set data=DIR to the directory the recipe's paths are relative to."
+                    )
+    return data
+
+
+def stage_specs(recipe: Recipe, data: Path, out: Path) -> list[StageSpec]:
+    """The recipe's stages as the training room takes them, each starting from the one before."""
+    specs: list[StageSpec] = []
+    for name, stage in recipe.stage_list():
+        init = out / specs[-1].name if specs else None
+        specs.append(_stage_spec(recipe, name, stage, data, init))
+    return specs
+
+
+def _stage_spec(
+    recipe: Recipe, name: str, stage: Stage, data: Path, init: Path | None
+) -> StageSpec:
+    from pumice.core.shipped import resolve_backbone
+    from pumice.train.stages import DataSpec, StageSpec
+
+    model = recipe.model
+    return StageSpec(
+        name=name,
+        vision=resolve_backbone(model.vision),
+        vision_layer=model.vision_layer,
+        vision_select=model.vision_select,
+        connector=model.connector,
+        language=resolve_backbone(model.language),
+        init=init,
+        image_mode=model.image,
+        template=stage.template or model.template,
+        system=model.system if stage.system is None else stage.system,
+        final_template=model.template,
+        final_system=model.system,
+        train={part: float(rate) for part, rate in stage.train.items()},
+        data=tuple(
+            DataSpec(
+                path=data / entry.path,
+                images=data / entry.images,
+                weight=entry.weight,
+                cap=entry.cap,
+            )
+            for entry in stage.data
+        ),
+        steps=stage.steps,
+        epochs=stage.epochs,
+        batch_size=stage.batch_size,
+        warmup=stage.warmup,
+        schedule=stage.schedule,
+        weight_decay=stage.weight_decay,
+        clip=stage.clip,
+        max_tokens=stage.max_tokens,
+        group_by_length=stage.group_by_length,
+        seed=recipe.seed,
+    )
+
+
+def run_one(spec: StageSpec, out: Path, *, resume: bool) -> StageResult:
+    """One stage; its starting checkpoint must be there."""
+    from pumice.train.stages import run_stage
+
+    if spec.init is not None and not spec.init.is_dir():
+        raise PumiceError(
+            f"stage {spec.name!r} starts from {spec.init}, which does not exist. Run the stage "
+            f"{spec.init.name!r} first, or leave --stage out to run all stages."
+        )
+    return run_stage(spec, out, resume=resume)
+
+
+def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Path) -> Evaluated:
+    """Score the last checkpoint, with its own images and with shuffled ones; then the report.
+
+    The shuffled-image control tells what the model answers without looking.
+    """
+    from pumice.cli.run_report import report_run
+    from pumice.core.files import write_json
+    from pumice.eval.runner import run_benchmark
+    from pumice.infer.model import load
+
+    start = time.monotonic()
+    checkpoint = results[-1].checkpoint
+    chosen = recipe.eval
+    if chosen is None:
+        raise PumiceError(f"recipe {recipe.name!r} has no eval section; add one to evaluate it.")
+    model = load(checkpoint, max_batch=chosen.batch_size)
+    weights = weights_hash(str(checkpoint))
+    eval_data = data if chosen.data is None else Path(chosen.data).expanduser()
+
+    def scored(control: str | None) -> list[Scores]:
+        return [
+            run_benchmark(
+                model.generate,
+                benchmark,
+                eval_data,
+                out
+                / "eval"
+                / (benchmark.name if control is None else f"{benchmark.name}-{control}"),
+                weights=weights,
+                limit=chosen.limit,
+                control=control,
+                seed=recipe.seed,
+            )
+            for benchmark in named_benchmarks(chosen.benchmarks)
+        ]
+
+    scores, shuffled = scored(None), scored("shuffled")
+    write_json(out / "scores.json", _score_columns(scores, shuffled))
+    seconds = time.monotonic() - start
+    report = report_run(recipe, results, scores, shuffled, data=eval_data, out=out, seconds=seconds)
+    return Evaluated(scores, shuffled, report)
+
+
+def _score_columns(scores: list[Scores], shuffled: list[Scores]) -> dict[str, Any]:
+    """The content of a run's scores.json: per benchmark the scores and those of the control."""
+    return {
+        "benchmarks": {
+            own.benchmark: {**own.to_dict(), "shuffled": other.to_dict()}
+            for own, other in zip(scores, shuffled, strict=True)
+        }
+    }
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Dotted keys whose values differ, each with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{place}: {old!r} there, {new!r} now"]
+
+
+def _summary(
+    out: Path, specs: list[StageSpec], results: list[StageResult], evaluated: Evaluated | None
+) -> dict[str, Any]:
+    stages = {
+        spec.name: {
+            "checkpoint": str(result.checkpoint),
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "final_loss": result.final_loss,
+        }
+        for spec, result in zip(specs, results, strict=True)
+    }
+    summary: dict[str, Any] = {"out": str(out), "stages": stages}
+    if evaluated is not None:
+        summary |= _score_columns(evaluated.scores, evaluated.shuffled)
+        summary["report"] = str(evaluated.report)
+    return summary
+
+
+def _tell(results: list[StageResult], evaluated: Evaluated | None) -> None:
+    for result in results:
+        say(f"{result.checkpoint}: {result.steps} steps, final loss {result.final_loss:.3f}")
+    if evaluated is None:
+        return
+    say("\n" + score_table(evaluated.scores, evaluated.shuffled))
+    for scores in evaluated.scores:
+        for line in scores.notes:
+            note(f"{scores.benchmark}: {line}")
+    say(f"\nreport: {evaluated.report}")

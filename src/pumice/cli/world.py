@@ -1,0 +1,112 @@
+"""`pumice world`: the synthetic world's files in public formats, and the pocket backbones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pumice.cli.options import example
+from pumice.cli.output import say
+from pumice.core.errors import PumiceError
+
+_group = typer.Typer(
+    help="Make the synthetic world, or its backbones.",
+    epilog=example("pumice world make --out runs/world --images 2000"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+_RECORD = "world.json"
+_UNFINISHED = "world.unfinished"
+
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.add_typer(_group, name="world")
+
+
+@_group.command("make", epilog=example("pumice world make --out runs/world --images 2000"))
+def make(
+    out: OutOption,
+    images: Annotated[int, typer.Option("--images", min=1, help="Training images.")] = 6000,
+    eval_images: Annotated[
+        int, typer.Option("--eval-images", min=1, help="Held-out images of the benchmarks.")
+    ] = 500,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed is another world.")] = 0,
+) -> None:
+    """Write training data and benchmark files.
+
+    Each benchmark's files have their official names and formats. Equal arguments, equal bytes.
+    """
+    ensure_world(out, images=images, eval_images=eval_images, seed=seed)
+    say(str(out))
+
+
+@_group.command("backbones", epilog=example("pumice world backbones --out runs/backbones"))
+def backbones(
+    out: OutOption,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and data.")] = 0,
+    steps_vision: Annotated[
+        int | None, typer.Option("--steps-vision", min=1, help="Steps; as shipped when left out.")
+    ] = None,
+    steps_language: Annotated[
+        int | None, typer.Option("--steps-language", min=1, help="Steps; as shipped when left out.")
+    ] = None,
+) -> None:
+    """Pre-train the two pocket backbones.
+
+    DIR gets the Hugging Face folders pocket-vision and pocket-language.
+    """
+    from pumice.world.backbones import make_backbones
+
+    make_backbones(out, seed=seed, steps_vision=steps_vision, steps_language=steps_language)
+    say(str(out))
+
+
+def ensure_world(out: Path, *, images: int, eval_images: int, seed: int) -> None:
+    """Make a world in `out` unless exactly this one is there; nothing else is written over."""
+    from pumice.core.files import read_json
+
+    asked = {"images": images, "eval_images": eval_images, "seed": seed}
+    if (out / _RECORD).is_file():
+        there = read_json(out / _RECORD)
+        if any(there.get(key) != value for key, value in asked.items()):
+            found = {key: there.get(key) for key in asked}
+            raise PumiceError(
+                f"{out} holds another synthetic world: {_words(found)}; asked for: "
+                f"{_words(asked)}. Give another directory, or remove this one."
+            )
+        return
+    # The mark tells a stopped run, which is made again, from a directory with someone's own data.
+    mark = out / _UNFINISHED
+    if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PumiceError(
+            f"{out} is not empty and holds no synthetic world, so nothing is written there. Give "
+            "another directory; to train on the files in it, set world=null in the recipe."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    _make(out, asked)
+    mark.unlink()
+
+
+def _make(out: Path, asked: dict[str, int]) -> None:
+    from pumice.core.progress import progress
+    from pumice.world.datasets import make_world
+
+    with progress(asked["images"] + asked["eval_images"], "making the world") as bar:
+        shown = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal shown
+            bar.update(done - shown)
+            shown = done
+
+        make_world(out, **asked, progress=report)
+
+
+def _words(world: dict[str, int]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in world.items())
