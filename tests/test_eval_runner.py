@@ -130,6 +130,17 @@ def test_shuffling_gives_every_image_another_one(tmp_path: Path) -> None:
         assert [a.truth for a in items] == [b.truth for b in shuffled]
 
 
+def test_the_control_is_told_apart_while_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vqa = BENCHMARKS["vqav2"]
+    items = vqa.load(vqa_files(tmp_path))
+    for control in (None, "shuffled"):
+        run_benchmark(Scripted(items), vqa, tmp_path, tmp_path / str(control), control=control)
+    own, shuffled = capsys.readouterr().err.splitlines()
+    assert own.startswith("vqav2: 12/12") and shuffled.startswith("vqav2, shuffled images: 12/12")
+
+
 def test_a_limit_keeps_the_shares_of_the_categories(tmp_path: Path) -> None:
     items = BENCHMARKS["pope"].load(pope_files(tmp_path))
     assert [item.category for item in take_evenly(items, 3)] == ["adversarial", "random", "popular"]

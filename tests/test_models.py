@@ -1,22 +1,16 @@
-"""The architecture: parity with transformers, and the invariances of checkpoints and fusion."""
+"""The architecture: parity with transformers, and the invariances of fusion and loss."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    CLIPConfig,
-    CLIPModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -24,14 +18,12 @@ from transformers import (
 import tiny
 from pumice.core.errors import PumiceError
 from pumice.models import language
-from pumice.models.checkpoint import load_lmm, save_checkpoint
-from pumice.models.config import LMMConfig
 from pumice.models.connectors import CONNECTORS, build_connector
 from pumice.models.constants import IGNORE, IMAGE_ID
 from pumice.models.fusion import fuse
 from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
-from pumice.models.vision import CLIP_MEAN, VisionBackbone, read_image_stats
+from tiny import pixels, with_images
 
 P = tiny.NUM_PATCHES
 
@@ -48,111 +40,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def lmm(folders: SimpleNamespace) -> LMM:
     torch.manual_seed(0)
     return LMM.from_backbones(folders.vision, folders.language, "mlp2x_gelu", -2, "patch").eval()
-
-
-def pixels(n: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=generator)
-
-
-def with_images(rows: list[list[int]]) -> torch.Tensor:
-    """Ids in which -1 stands for one image."""
-    return torch.tensor(
-        [[t for i in row for t in ([IMAGE_ID] * P if i < 0 else [i])] for row in rows]
-    )
-
-
-# vision
-
-
-@pytest.mark.parametrize("layer", [-1, -2, 1, 4])
-@pytest.mark.parametrize(
-    ("model_type", "prefix"),
-    [
-        ("clip_vision_model", 1),
-        ("siglip_vision_model", 0),
-        ("dinov2", 1),
-        ("dinov2_with_registers", 5),
-        ("dinov3_vit", 1),
-        ("vit", 1),
-    ],
-)
-def test_vision_equals_hidden_states(
-    tmp_path: Path, model_type: str, prefix: int, layer: int
-) -> None:
-    folder = tiny.vision_folder(tmp_path, model_type)
-    ours = VisionBackbone.from_folder(folder, layer, "patch").eval()
-    theirs = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    with torch.no_grad():
-        states = theirs(pixels(2), output_hidden_states=True).hidden_states
-        features = ours(pixels(2))
-    assert len(states) == 5
-    assert ours.num_prefix_tokens == prefix
-    assert features.shape == (2, P, 32)
-    torch.testing.assert_close(features, states[layer][:, prefix:], atol=1e-5, rtol=0)
-
-
-def test_vision_keeps_only_what_runs(folders: SimpleNamespace) -> None:
-    ours = VisionBackbone.from_folder(folders.vision, -2, "cls_patch")
-    names = list(ours.state_dict())
-    assert not [n for n in names if "layers.3" in n or "post_layernorm" in n]
-    assert [n for n in names if "layers.2" in n]
-    assert ours(pixels(1)).shape == (1, P + 1, 32) and ours.num_tokens == P + 1
-
-
-def test_vision_of_a_whole_clip(tmp_path: Path) -> None:
-    config = CLIPConfig(
-        text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-        vision_config=tiny.vision_config().to_dict(),
-    )
-    whole = CLIPModel(config).eval()
-    whole.save_pretrained(tmp_path)
-    ours = VisionBackbone.from_folder(tmp_path, -2, "patch")
-    with torch.no_grad():
-        states = whole.vision_model(pixels(1), output_hidden_states=True).hidden_states
-        torch.testing.assert_close(ours(pixels(1)), states[-2][:, 1:], atol=1e-5, rtol=0)
-
-
-def test_vision_errors_name_the_way_out(folders: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(PumiceError, match=r"vision_layer is -9, .* has 4 blocks; allowed: 1 to 4"):
-        VisionBackbone.from_folder(folders.vision, -9, "patch")
-    with pytest.raises(PumiceError, match="allowed: patch"):
-        VisionBackbone.from_folder(folders.vision, -1, "all")  # type: ignore[arg-type]
-    with pytest.raises(PumiceError, match="a siglip_vision_model has none"):
-        VisionBackbone(tiny.vision_config("siglip_vision_model"), -1, "cls_patch")
-    with pytest.raises(PumiceError, match="no such directory"):
-        VisionBackbone.from_folder(tmp_path / "nowhere", -1, "patch")
-    with pytest.raises(PumiceError, match="cannot be a vision backbone"):
-        VisionBackbone.from_folder(folders.language, -1, "patch")
-
-
-def test_vision_weights_are_strict(folders: SimpleNamespace, tmp_path: Path) -> None:
-    state = load_file(folders.vision / "model.safetensors")
-    config = (folders.vision / "config.json").read_text()
-    name = next(n for n in state if n.endswith("layers.0.mlp.fc1.weight"))
-    for broken, complaint in (
-        ({k: v for k, v in state.items() if k != name}, "missing: .*layers.0.mlp.fc1.weight"),
-        ({**state, name: state[name][:3].clone()}, r"fc1.weight is \(3, 32\), expected \(64, 32\)"),
-    ):
-        (tmp_path / "config.json").write_text(config)
-        save_file(broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(PumiceError, match=complaint):
-            VisionBackbone.from_folder(tmp_path, -1, "patch")
-
-
-def test_frozen_vision_keeps_no_graph(lmm: LMM) -> None:
-    lmm.vision.requires_grad_(False)
-    assert not lmm.vision(pixels(1)).requires_grad
-    assert lmm.encode_images(pixels(1)).requires_grad
-    lmm.vision.requires_grad_(True)
-    assert lmm.vision(pixels(1)).requires_grad
-
-
-def test_image_stats(tmp_path: Path, folders: SimpleNamespace) -> None:
-    assert read_image_stats(folders.vision)[:2] == (tiny.IMAGE_SIZE, CLIP_MEAN)
-    stats = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": 96}}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stats))
-    assert read_image_stats(tmp_path) == (96, (0.5,) * 3, (0.25,) * 3)
 
 
 # language
@@ -366,105 +253,3 @@ def test_match_connector_scale(lmm: LMM) -> None:
     wanted = lmm.language.token_embeddings.norm(dim=-1).mean()
     assert factor != pytest.approx(1, rel=0.01)
     assert norm.item() == pytest.approx(wanted.item(), rel=1e-4)
-
-
-# checkpoints
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("connector", ["linear", "mlp2x_gelu"])
-def test_saved_equals_loaded(tmp_path: Path, tied: bool, connector: str) -> None:
-    vision = tiny.vision_folder(tmp_path / "v", "siglip_vision_model")
-    language = tiny.language_folder(tmp_path / "l", tied=tied)
-    lmm = LMM.from_backbones(vision, language, connector, -1, "patch").eval()
-    place = tmp_path / "bert-base-lora-7b-qwen"
-    save_checkpoint(place, lmm, lambda d: (d / "extra.txt").write_text("x"), {"steps": 3})  # type: ignore[arg-type,return-value]
-    save_checkpoint(place, lmm, None, {"steps": 4})
-    assert sorted(p.name for p in place.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "training.json",
-    ]
-    assert json.loads((place / "training.json").read_text()) == {"steps": 4}
-    assert sorted(os.listdir(tmp_path)) == ["bert-base-lora-7b-qwen", "l", "v"]
-    assert str(tmp_path) not in (place / "config.json").read_text()
-    stored = load_file(place / "model.safetensors")
-    assert {name.split(".")[0] for name in stored} == {"vision", "connector", "language"}
-    assert any("lm_head" in name for name in stored) != tied
-
-    loaded = load_lmm(place)
-    assert not loaded.training and loaded.config == lmm.config
-    for (name, a), (other, b) in zip(
-        lmm.state_dict().items(), loaded.state_dict().items(), strict=True
-    ):
-        assert name == other and torch.equal(a, b)
-    ids = with_images([[1, 270, -1, 290]])
-    with torch.no_grad():
-        assert torch.equal(lmm(ids, pixel_values=pixels(1)), loaded(ids, pixel_values=pixels(1)))
-
-
-def test_half_precision_on_disk_and_in_memory(tmp_path: Path, lmm: LMM) -> None:
-    save_checkpoint(tmp_path / "m", lmm, None, {}, dtype=torch.bfloat16)
-    stored = load_file(tmp_path / "m" / "model.safetensors")
-    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
-    assert load_lmm(tmp_path / "m").dtype == torch.float32
-    half = load_lmm(tmp_path / "m", dtype=torch.bfloat16)
-    ids = with_images([[1, 270, -1, 290]])
-    with torch.no_grad():
-        assert half(ids, pixel_values=pixels(1)).dtype == torch.bfloat16
-
-
-def test_misfits_are_told_in_one_message(tmp_path: Path, lmm: LMM) -> None:
-    save_checkpoint(tmp_path / "m", lmm, None, {})
-    path = tmp_path / "m" / "model.safetensors"
-    state = load_file(path)
-    del state["connector.0.bias"]
-    state["language.extra"] = torch.zeros(2)
-    state["connector.2.weight"] = torch.zeros(3, 4)
-    save_file(state, path)
-    with pytest.raises(PumiceError) as caught:
-        load_lmm(tmp_path / "m")
-    for told in (
-        "missing: connector.0.bias",
-        "unexpected: language.extra",
-        "connector.2.weight is (3, 4), expected (32, 32)",
-    ):
-        assert told in str(caught.value)
-
-
-def test_other_directories_are_refused(tmp_path: Path, folders: SimpleNamespace, lmm: LMM) -> None:
-    with pytest.raises(PumiceError, match="no such directory"):
-        load_lmm(tmp_path / "nowhere")
-    with pytest.raises(PumiceError, match="has no config.json"):
-        load_lmm(tmp_path)
-    with pytest.raises(PumiceError, match="Hugging Face config of model_type 'llama'"):
-        load_lmm(folders.language)
-    save_checkpoint(tmp_path / "m", lmm, None, {})
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(PumiceError, match="cannot be read"):
-        load_lmm(tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").unlink()
-    with pytest.raises(PumiceError, match="has no model.safetensors"):
-        load_lmm(tmp_path / "m")
-
-
-def test_config_is_strict(lmm: LMM) -> None:
-    data = lmm.config.to_dict()
-    assert LMMConfig.from_dict(json.loads(json.dumps(data))) == lmm.config
-    with pytest.raises(PumiceError, match="unknown field 'conector'.*Did you mean 'connector'"):
-        LMMConfig.from_dict({**data, "conector": "linear"})
-    with pytest.raises(PumiceError, match="lacks vision_layer"):
-        LMMConfig.from_dict({k: v for k, v in data.items() if k != "vision_layer"})
-    with pytest.raises(PumiceError, match="vision_layer is 'x'; a int is needed"):
-        LMMConfig.from_dict({**data, "vision_layer": "x"})
-
-
-def test_failed_save_leaves_the_old_checkpoint(tmp_path: Path, lmm: LMM) -> None:
-    def fails(folder: Path) -> None:
-        raise RuntimeError("disk full")
-
-    save_checkpoint(tmp_path / "m", lmm, None, {"steps": 1})
-    with pytest.raises(RuntimeError, match="disk full"):
-        save_checkpoint(tmp_path / "m", lmm, fails, {"steps": 2})
-    assert json.loads((tmp_path / "m" / "training.json").read_text()) == {"steps": 1}
-    assert os.listdir(tmp_path) == ["m"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import tiny
 from pumice.core.errors import PumiceError
 from pumice.models.checkpoint import load_lmm
 from pumice.train import trainer
+from pumice.train.fingerprint import spec_record
 from pumice.train.metrics import part_hash
 from pumice.train.optim import learning_rate_factor
 from pumice.train.stages import DataSpec, StageSpec, run_stage
@@ -162,6 +164,92 @@ def test_a_finished_stage_is_not_trained_again_and_another_recipe_is_refused(
     assert (tmp_path / "align" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(PumiceError, match="another recipe"):
         run_stage(dataclasses.replace(spec, batch_size=8), tmp_path)
+
+
+def moved(
+    spec: StageSpec, world: Path, backbones: tuple[Path, Path], to: Path, out: Path
+) -> StageSpec:
+    """The same stage after data, backbones and output were copied elsewhere."""
+    shutil.copytree(world / "llava", to / "texts")
+    vision, language = (shutil.copytree(b, to / "models" / b.name) for b in backbones)
+    data = tuple(
+        dataclasses.replace(d, path=to / "texts" / d.path.name, images=world / "images")
+        for d in spec.data
+    )
+    init = None if spec.init is None else out / spec.init.name
+    return dataclasses.replace(spec, vision=vision, language=language, data=data, init=init)
+
+
+def test_finished_and_stopped_stages_are_known_again_elsewhere(
+    spec: StageSpec,
+    world: Path,
+    backbones: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    align = run_stage(spec, here)
+    tune = tune_spec(spec, world, here / "align")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(SystemExit):
+            run_stage(tune, here)
+    here.rename(there)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    new = moved(spec, world, backbones, tmp_path / "new", there)
+    relative = dataclasses.replace(new, vision=Path("../new/models/vision"))
+    assert run_stage(relative, Path("../there")).final_loss == align.final_loss
+    new_tune = moved(tune, world, backbones, tmp_path / "newer", there)
+    assert run_stage(new_tune, there).resumed_from == 3
+
+
+def test_other_content_is_refused(
+    spec: StageSpec, world: Path, backbones: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_stage(spec, out)
+    new = moved(spec, world, backbones, tmp_path / "new", out)
+    run_stage(new, out)
+    for path in (new.data[0].path, new.language / "tokenizer_config.json"):
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        with pytest.raises(PumiceError, match="other data or other backbones"):
+            run_stage(new, out)
+        path.write_bytes(before)
+    # Another training of the same backbone: a file of the same size.
+    tiny.vision_folder(new.vision, seed=7)
+    with pytest.raises(PumiceError, match="other data or other backbones"):
+        run_stage(new, out)
+
+
+def test_a_stage_from_another_checkpoint_is_refused(
+    spec: StageSpec, world: Path, tmp_path: Path
+) -> None:
+    run_stage(spec, tmp_path)
+    tune = tune_spec(spec, world, tmp_path / "align")
+    run_stage(tune, tmp_path)
+    run_stage(dataclasses.replace(spec, seed=1), tmp_path, resume=False)
+    with pytest.raises(PumiceError, match="another recipe"):
+        run_stage(tune, tmp_path)
+
+
+def test_the_record_of_a_stage_holds_no_absolute_path(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_stage(spec, Path("out"))
+    text = (tmp_path / "out" / "align" / "training.json").read_text()
+    assert '"/' not in text
+    record = json.loads(text)["spec"]
+    assert record["vision"] == f".../{spec.vision.parent.name}/vision"
+    assert record["data"][0]["path"] == ".../llava/pretrain.json"
+    shutil.copytree(spec.data[0].path.parent, tmp_path / "out" / "data" / "llava")
+    inside = DataSpec(
+        path=Path("out/data/llava/pretrain.json"), images=spec.data[0].images, weight=None
+    )
+    told = spec_record(dataclasses.replace(spec, data=(inside,)), tmp_path / "out")
+    assert told["data"][0]["path"] == "data/llava/pretrain.json"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pumice.models.constants import IMAGE_ID
+
 WORDS = "the a is what in of cat dog red blue circle square USER ASSISTANT Answer question".split()
 IMAGE_SIZE = 32
 PATCH_SIZE = 8
@@ -115,3 +117,16 @@ def _spread(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
+
+
+def pixels(n: int, seed: int = 0) -> torch.Tensor:
+    """float[n, 3, 32, 32], equal for equal seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def with_images(rows: list[list[int]]) -> torch.Tensor:
+    """Ids in which -1 stands for one image."""
+    return torch.tensor(
+        [[t for i in row for t in ([IMAGE_ID] * NUM_PATCHES if i < 0 else [i])] for row in rows]
+    )

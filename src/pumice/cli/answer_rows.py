@@ -52,7 +52,9 @@ class Line:
         else:
             named = {"id": row.get("id", f"line {self.number}")}
         if result.error is not None:
-            return {**named, "error": result.error, "key": self.key}
+            # The engine knows the request by its key; a person looks for the line.
+            error = result.error.replace(f"request {self.key!r}", self.where)
+            return {**named, "error": error, "key": self.key}
         return {
             **named,
             "text": result.text,
@@ -72,8 +74,16 @@ def read_lines(path: Path, settings: Iterable[str]) -> list[Line]:
         raise DataError(
             f"the requests file {path} does not exist; give a JSONL file with one request a line."
         ) from error
+    except OSError as error:
+        raise DataError(
+            f"the requests file {path} cannot be read ({error.strerror}); give a JSONL file with "
+            "one request a line."
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"the requests file {path} is not UTF-8 text: {error}.") from error
+        raise DataError(
+            f"the requests file {path} is not UTF-8 text ({error}); give a JSONL file with one "
+            "request a line, saved as UTF-8."
+        ) from error
     base = json.dumps(list(settings))
     seen: Counter[str] = Counter()
     lines = []
@@ -157,7 +167,13 @@ def _parse(line: str, where: str) -> tuple[dict[str, Any] | None, str]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return None, f"{where}, column {error.colno}: not valid JSON ({error.msg})"
+        return None, (
+            f"{where}, column {error.colno}: not valid JSON ({error.msg}); a request is one JSON "
+            "object {...} on one line. Correct this line."
+        )
     if not isinstance(row, dict):
-        return None, f"{where}: a request is a JSON object, given {type(row).__name__}"
+        return None, (
+            f"{where}: a request is a JSON object {{...}}, given {type(row).__name__}. Correct "
+            "this line."
+        )
     return row, ""

@@ -39,8 +39,15 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model one question; print its answer."""
+    from pumice.core.errors import PumiceError
     from pumice.infer.model import load
 
+    if not text.strip():
+        # Before the model is loaded: most likely a shell variable that was not set.
+        raise PumiceError(
+            f"the question is empty (given {text!r}); give the question as TEXT, in quotes: "
+            'pumice ask MODEL "What is this?" --image FILE.'
+        )
     loaded = load(model, device=device, dtype=dtype)
     result = loaded.ask(
         text,

@@ -90,11 +90,13 @@ def _machine() -> tuple[dict[str, Any], str | None]:
     except (ImportError, OSError) as error:
         unknown = {"device": None, "dtype": None, "threads": None, "cores": cores}
         return unknown, f"a torch that can be imported ({error})"
-    # What `pumice.load` takes when neither is given.
-    gpu = torch.cuda.is_available()
+    from pumice.infer.placement import default_placement
+
+    device, dtype = default_placement()
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
-        "device": f"cuda ({torch.cuda.get_device_name()})" if gpu else "cpu",
-        "dtype": "bfloat16" if gpu else "float32",
+        "device": f"{device}{name}",
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cores": cores,
     }, None

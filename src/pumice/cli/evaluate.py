@@ -56,10 +56,16 @@ def evaluate(
     DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes on where it
     stopped. Exits with 1 when a score is withheld.
     """
+    from pumice.eval.controls import CONTROLS
+    from pumice.eval.locate import check_data_dir
     from pumice.eval.runner import run_benchmark
     from pumice.infer.model import load
 
+    # All that can be wrong without a model, before minutes are spent on loading one.
     benchmarks = named_benchmarks(bench.split(","))
+    check_data_dir(data)
+    if control is not None:
+        CONTROLS[control]
     loaded = load(model, device=device, dtype=dtype, max_batch=batch_size)
     weights = weights_hash(model)
     all_scores = [

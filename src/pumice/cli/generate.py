@@ -74,6 +74,7 @@ def generate(
     from pumice.core.types import Sampling
     from pumice.infer.model import load
 
+    _check_paths(requests, images, out)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -91,6 +92,26 @@ def generate(
         say(f"{out}: {len(lines)} rows, {answers.errors} errors")
     if lines and answers.errors == len(lines):
         raise typer.Exit(1)
+
+
+def _check_paths(requests: Path, images: Path, out: Path) -> None:
+    """What would fail for every row, or destroy the requests, is refused before a model loads."""
+    from pumice.core.errors import PumiceError
+
+    if not images.is_dir():
+        raise PumiceError(
+            f"--images {images} is not a directory that exists; give the directory the image names "
+            "of the requests are relative to, or leave it out for the working directory."
+        )
+    if out.exists() and requests.exists() and out.samefile(requests):
+        raise PumiceError(
+            f"--out {out} is the requests file itself; the answers would replace it. Give another "
+            "file."
+        )
+    if out.is_dir():
+        raise PumiceError(
+            f"--out {out} is a directory; give the file to write, such as {out}/a.jsonl."
+        )
 
 
 def _answer(model: Model, answers: Answers, images: Path, sampling: Sampling) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
 _FREE_KEYS = {"name", "about", "source", "eval"}
+# Where the data and the backbones lie may change; their content is compared by each stage.
+_FREE_PLACES = {"data": True, "model": {"vision", "language"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,17 @@ def run(
     """
     from pumice.recipe.load import load_recipe
 
+    check_one_process()
     loaded = load_recipe(recipe, overrides or [])
     check_choices(loaded, stage)
-    keep_recipe(loaded, out, resume=resume == "auto")
+    going_on = resume == "auto" and check_same_recipe(loaded, out)
     data = prepare_data(loaded, out)
+    if not going_on:
+        keep_recipe(loaded, out)
     specs = [spec for spec in stage_specs(loaded, data, out) if stage is None or spec.name == stage]
     results = [run_one(spec, out, resume=resume == "auto") for spec in specs]
+    # Again: only now is it known that a run that goes on has the data and backbones it began with.
+    keep_recipe(loaded, out)
     evaluated = None
     if loaded.eval is not None and specs[-1].name == loaded.stage_list()[-1][0]:
         evaluated = evaluate_run(loaded, results, data, out)
@@ -80,6 +87,18 @@ def run(
         _tell(results, evaluated)
     if evaluated is not None and any(scores.withheld for scores in evaluated.scores):
         raise typer.Exit(1)
+
+
+def check_one_process() -> None:
+    """Training is done by one process; several would write over each other's files."""
+    from pumice.core.distributed import rank, world_size
+
+    if world_size() > 1:
+        raise PumiceError(
+            f"`pumice run` was started as process {rank()} of {world_size()} (WORLD_SIZE is "
+            f"{world_size()}), but training uses one process: several would write over each "
+            "other's files. Start it without torchrun (or unset WORLD_SIZE), one process a run."
+        )
 
 
 def check_choices(recipe: Recipe, stage: str | None) -> None:
@@ -104,21 +123,30 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
         named_benchmarks(recipe.eval.benchmarks)
 
 
-def keep_recipe(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    """Write recipe.yaml beside the results; going on with another recipe is an error."""
-    from pumice.core.files import write_atomic
-    from pumice.recipe.load import load_recipe, resolved_yaml
+def check_same_recipe(recipe: Recipe, out: Path) -> bool:
+    """Whether `out` holds a run of this recipe; a run of another recipe there is an error."""
+    from pumice.recipe.load import load_recipe
 
     path = out / "recipe.yaml"
-    if resume and path.is_file():
-        there = load_recipe(str(path)).model_dump(exclude=_FREE_KEYS)
-        changed = _differences(there, recipe.model_dump(exclude=_FREE_KEYS))
-        if changed:
-            raise PumiceError(
-                f"{out} was made with another recipe: {'; '.join(changed[:5])}. Give another "
-                "--out, or --resume never to train here again."
-            )
-    write_atomic(path, resolved_yaml(recipe))
+    if not path.is_file():
+        return False
+    free: Any = dict.fromkeys(_FREE_KEYS, True) | _FREE_PLACES
+    there = load_recipe(str(path)).model_dump(exclude=free)
+    changed = _differences(there, recipe.model_dump(exclude=free))
+    if changed:
+        raise PumiceError(
+            f"{out} was made with another recipe: {'; '.join(changed[:5])}. Give another "
+            "--out, or --resume never to train here again."
+        )
+    return True
+
+
+def keep_recipe(recipe: Recipe, out: Path) -> None:
+    """Write recipe.yaml beside the results."""
+    from pumice.core.files import write_atomic
+    from pumice.recipe.load import resolved_yaml
+
+    write_atomic(out / "recipe.yaml", resolved_yaml(recipe))
 
 
 def prepare_data(recipe: Recipe, out: Path) -> Path:

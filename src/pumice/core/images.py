@@ -47,7 +47,7 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
-_REMEDY = "Restore or download the file again, or take it out of the data."
+_REMEDY = "Restore or download the file again, or leave it out."
 _pillow_limit = threading.Lock()
 
 
@@ -103,8 +103,11 @@ def _opened(source: Path | bytes, name: str, where: str) -> Iterator[BinaryIO]:
     try:
         file = source.open("rb")
     except FileNotFoundError as error:
-        remedy = "Check the images directory and the path in the data, or download the file."
+        remedy = "Check the path and the directory it is relative to, or download the file."
         raise _error(where, name, "does not exist", remedy) from error
+    except IsADirectoryError as error:
+        remedy = "Give the image file itself."
+        raise _error(where, name, "is a directory, not a file", remedy) from error
     except OSError as error:
         remedy = "Check the path and its permissions."
         raise _error(where, name, f"cannot be opened ({error.strerror})", remedy) from error
@@ -142,6 +145,8 @@ def _looks_like(head: bytes) -> str:
         return " (it is an SVG drawing: draw it into a PNG first)"
     if text.startswith(b"version https://git-lfs"):
         return " (it is a Git LFS pointer: run `git lfs pull`)"
+    if head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        return " (it is a text file)"
     return ""
 
 
@@ -155,7 +160,7 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str, where: str) -
             name,
             f"has {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are "
             f"allowed",
-            "Make the picture smaller, or raise max_pixels if you trust its origin.",
+            "Make the picture smaller first.",
         )
 
 

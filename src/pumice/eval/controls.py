@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pumice.core.errors import DataError
 from pumice.core.registry import Registry
 from pumice.eval.benchmark import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A way to ask: `title` stands behind the benchmark's name, `apply` takes items and a seed."""
+
+    title: str
+    apply: Callable[[Sequence[Item], int], list[Item]]
 
 
 def shuffle_images(items: Sequence[Item], seed: int = 0) -> list[Item]:
@@ -32,9 +40,9 @@ def shuffle_images(items: Sequence[Item], seed: int = 0) -> list[Item]:
     ]
 
 
-CONTROLS: Registry[Callable[[Sequence[Item], int], list[Item]]] = Registry(
+CONTROLS: Registry[Control] = Registry(
     "control",
     {
-        "shuffled": shuffle_images,
+        "shuffled": Control("shuffled images", shuffle_images),
     },
 )

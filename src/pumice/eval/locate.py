@@ -23,6 +23,17 @@ def find_file(data_dir: Path, name: str, candidates: Iterable[str]) -> Path:
     )
 
 
+def check_data_dir(data_dir: Path) -> None:
+    """An error when there is no such directory at all; asked before a model is loaded."""
+    if data_dir.is_dir():
+        return
+    state = "is a file" if data_dir.exists() else "does not exist"
+    raise DataError(
+        f"the data directory {data_dir} {state}; a directory with the benchmark's official files "
+        f"is needed. Check --data, or make one with `pumice world make --out DIR`."
+    )
+
+
 def require(row: object, names: Collection[str], where: str) -> None:
     """An error when an official row lacks something that the benchmark reads."""
     if not isinstance(row, dict):

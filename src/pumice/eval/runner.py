@@ -15,6 +15,7 @@ from pumice.core.types import Prediction, Request, Result, Sampling, user
 from pumice.eval.answer_files import read_answers
 from pumice.eval.benchmark import Answer, Benchmark, Item, Row
 from pumice.eval.controls import CONTROLS
+from pumice.eval.locate import check_data_dir
 from pumice.eval.metrics import score_item
 from pumice.eval.scores import Scores, fingerprint, full_protocol, make_scores, row_protocol
 
@@ -46,17 +47,20 @@ def run_benchmark(
     prompt are the same; so a killed run goes on where it stopped. `limit` takes that many items,
     spread evenly. `control` asks the questions in a way that should destroy the score.
     """
+    check_data_dir(data_dir)
     items = take_evenly(benchmark.load(data_dir), limit)
+    title = benchmark.name
     if control is not None:
-        items = CONTROLS[control](items, seed)
+        title += f", {CONTROLS[control].title}"
+        items = CONTROLS[control].apply(items, seed)
     key = {"protocol": fingerprint(row_protocol(benchmark, control=control)), "weights": weights}
     path = out_dir / "predictions.jsonl"
     kept = _kept_rows(path, benchmark, items, key)
     _write_rows(path, kept, items)
     pending = [item for item in items if item.id not in kept]
     if kept:
-        log.info("%s: %d answers kept, %d to ask", benchmark.name, len(kept), len(pending))
-    rows = {**kept, **_ask(answer, benchmark, pending, path, key)}
+        log.info("%s: %d answers kept, %d to ask", title, len(kept), len(pending))
+    rows = {**kept, **_ask(answer, benchmark, pending, path, key, title)}
     # In the items' order, so that a resumed run ends with the file of an uninterrupted one.
     _write_rows(path, rows, items)
     scores = make_scores(
@@ -74,6 +78,7 @@ def rescore(
     benchmark: Benchmark, data_dir: Path, answers_file: Path, *, allow_errors: bool = False
 ) -> Scores:
     """Scores an answers file without a model."""
+    check_data_dir(data_dir)
     items = benchmark.load(data_dir)
     matching = benchmark.match(read_answers(answers_file), items, str(answers_file))
     if not matching.answers and not matching.flawed:
@@ -115,11 +120,16 @@ def prompt_hash(item: Item) -> str:
 
 
 def _ask(
-    answer: Answerer, benchmark: Benchmark, pending: list[Item], path: Path, key: dict[str, str]
+    answer: Answerer,
+    benchmark: Benchmark,
+    pending: list[Item],
+    path: Path,
+    key: dict[str, str],
+    title: str,
 ) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     by_id = {item.id: item for item in pending}
-    with JsonlWriter(path) as writer, progress(len(pending), benchmark.name) as bar:
+    with JsonlWriter(path) as writer, progress(len(pending), title) as bar:
 
         def keep(result: Result) -> None:
             # The answerer may report a result as it comes, in its list, or both.

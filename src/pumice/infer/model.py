@@ -7,29 +7,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pumice.core.errors import PumiceError
 from pumice.core.registry import suggest
 from pumice.core.shipped import resolve_model
 from pumice.core.types import Message, Request, Result, Sampling, user
 from pumice.infer.engine import Engine
+from pumice.infer.placement import placement
 from pumice.infer.requests import chat_messages
 from pumice.models.checkpoint import load_lmm
 from pumice.processing.processor import Processor
 
 if TYPE_CHECKING:
     import PIL.Image
+    import torch
 
     from pumice.models.lmm import LMM
 
     ImageLike = str | Path | bytes | PIL.Image.Image
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class Model:
@@ -87,18 +81,9 @@ def load(
 
     Without `device` the GPU if there is one; without `dtype` bfloat16 there and float32 on CPU.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise PumiceError(
-                f"dtype {dtype!r} is unknown; known: {', '.join(_DTYPES)}.{suggest(dtype, _DTYPES)}"
-            )
-        dtype = _DTYPES[dtype]
+    where, precision = placement(device, dtype)
     directory = resolve_model(name_or_dir)
-    lmm = load_lmm(directory, dtype=dtype, device=device)
+    lmm = load_lmm(directory, dtype=precision, device=where)
     return Model(lmm, Processor.load(directory), max_batch)
 
 

@@ -199,6 +199,12 @@ def _check_turns(turns: Sequence[Message], *, open_turn: bool, where: str) -> No
                 f"turn {number + 1} is an empty answer ({turn.text!r}); an answer needs text. "
                 "Write the answer, or remove the sample",
             )
+    if open_turn and turns[-1].role == "user" and not (turns[-1].text.strip() or turns[-1].images):
+        raise _data_error(
+            where,
+            f"the question is empty ({turns[-1].text!r}); a text, an image or both are needed. Ask "
+            "something",
+        )
     last = "user" if open_turn else "assistant"
     if turns[-1].role != last:
         raise _data_error(

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import read_json, sha256_bytes
+from pumice.train.fingerprint import spec_fingerprint, spec_record
 
 if TYPE_CHECKING:
     from pumice.data.loader import Loader
@@ -91,7 +91,8 @@ def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult
     (`resume=False` starts over).
     """
     checkpoint = out / spec.name
-    done = _finished(checkpoint, spec) if resume else None
+    fingerprint = spec_fingerprint(spec)
+    done = _finished(checkpoint, fingerprint) if resume else None
     if done:
         log.info("stage %s is complete in %s", spec.name, checkpoint)
         return done
@@ -108,7 +109,7 @@ def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult
     _set_trainable(lmm, spec)
     parts = {name: getattr(lmm, name) for name in PARTS}
     before = {name: part_hash(part) for name, part in parts.items()}
-    trainer = Trainer(spec, lmm, loader, out, fingerprint=spec_fingerprint(spec))
+    trainer = Trainer(spec, lmm, loader, out, fingerprint=fingerprint)
     start = time.monotonic()
     report = trainer.run(resume=resume)
     after = {name: part_hash(part) for name, part in parts.items()}
@@ -117,8 +118,8 @@ def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult
     final = processor.with_template(spec.final_template, spec.final_system)
     training = {
         "stage": spec.name,
-        "spec": _plain(spec),
-        "fingerprint": spec_fingerprint(spec),
+        "spec": spec_record(spec, out),
+        "fingerprint": fingerprint,
         "parts": {n: {"before": before[n], "after": after[n], "moved": before[n] != after[n]}
                   for n in PARTS},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
@@ -128,28 +129,16 @@ def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult
     return result
 
 
-def spec_fingerprint(spec: StageSpec) -> str:
-    """A hash of everything that decides what a stage computes (not of how often it is saved)."""
-    plain = _plain(spec)
-    for key in ("workers", "save_every"):
-        plain.pop(key)
-    return sha256_bytes(json.dumps(plain, sort_keys=True).encode())
-
-
-def _plain(spec: StageSpec) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(spec), default=str))
-    return plain
-
-
-def _finished(checkpoint: Path, spec: StageSpec) -> StageResult | None:
+def _finished(checkpoint: Path, fingerprint: str) -> StageResult | None:
     path = checkpoint / "training.json"
     if not path.is_file():
         return None
     record = read_json(path)
-    if record.get("fingerprint") != spec_fingerprint(spec):
+    if record.get("fingerprint") != fingerprint:
         raise PumiceError(
-            f"{checkpoint} holds stage {spec.name!r} of another recipe. Resuming needs the same "
-            "recipe; give another --out directory, or --resume never to train it again."
+            f"{checkpoint} was trained with another recipe, other data or other backbones. Going "
+            "on needs the same ones, wherever they lie; give another --out directory, or --resume "
+            "never to train it again."
         )
     return StageResult(checkpoint=checkpoint, **record["result"])
 
@@ -220,7 +209,7 @@ def _set_trainable(lmm: LMM, spec: StageSpec) -> None:
     if unknown:
         raise PumiceError(
             f"stage {spec.name!r} trains {', '.join(sorted(unknown))}; the parts of a model are "
-            f" {', '.join(PARTS)}. Correct `train` in the recipe."
+            f"{', '.join(PARTS)}. Correct `train` in the recipe."
         )
     for name in PARTS:
         part = getattr(lmm, name)

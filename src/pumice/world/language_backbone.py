@@ -9,175 +9,28 @@ words dropped and noise added. Statements with the key directly before the answe
 from __future__ import annotations
 
 import json
-import logging
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pumice.core.log import get_logger
 from pumice.world import language
-from pumice.world.scenes import COLUMNS, ROWS, Scene, random_scene
+from pumice.world.lessons import PATCHES, Draft, draft_for, scene_words
+from pumice.world.scenes import random_scene
 from pumice.world.tokenizer import train_tokenizer
-from pumice.world.vision_backbone import FIRST_SCENE, GRID, patch_owner
+from pumice.world.vision_backbone import FIRST_SCENE
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
-PATCHES = GRID * GRID
 TEXT_TOKENS = 100
-WARMUP = 600
 PEAK_RATE = 1.5e-3
-DROPPED_WORDS = 0.06
-QUESTION_WEIGHT = 0.1
-BRIEFLY = ("Answer briefly.", "Give a short answer.")
-
-
-@dataclass(slots=True)
-class Draft:
-    """A sequence in the making: pieces of text with their loss weight; None is the scene."""
-
-    scene: Scene | None
-    pieces: list[tuple[str | None, float]] = field(default_factory=list)
-
-    def say(self, text: str | None, weight: float = QUESTION_WEIGHT) -> None:
-        self.pieces.append((text, weight))
-
-
-def scene_words(scene: Scene, rng: random.Random | None) -> list[list[str]]:
-    """The words at each of the 36 positions; `rng` drops some of them."""
-    owner = patch_owner(scene)
-    positions = []
-    for patch in range(PATCHES):
-        row, column = divmod(patch, GRID)
-        words = [ROWS[row // 2], COLUMNS[column // 2]]
-        if owner[row, column] < 0:
-            words.append(scene.background)
-        else:
-            thing = scene.things[owner[row, column]]
-            words += (
-                ["sign", thing.word] if thing.is_sign
-                else [thing.size, thing.texture, thing.color, thing.shape]
-            )  # fmt: skip
-        if rng is not None:
-            words = [word for word in words if rng.random() > DROPPED_WORDS] or words[:1]
-        positions.append(words)
-    return positions
-
-
-def cloze(scene: Scene, rng: random.Random) -> Draft:
-    """Statements with the key directly before the answer: 'color circle red . where star top'."""
-    facts: list[tuple[str, str]] = [("background", scene.background)]
-    for thing in scene.things:
-        name = "sign" if thing.is_sign else thing.shape
-        facts += [("where " + name, thing.place), (thing.place, name)]
-        if thing.is_sign:
-            facts.append(("sign", thing.word))
-        else:
-            facts += [
-                ("color " + name, thing.color),
-                ("size " + name, thing.size),
-                ("pattern " + name, thing.texture),
-            ]
-    for values in zip(*[(t.color, t.texture, t.size) for t in scene.shapes], strict=True):
-        facts += [("number " + value, str(values.count(value))) for value in set(values)]
-    facts.append(("shapes", str(len(scene.shapes))))
-    rng.shuffle(facts)
-    draft = Draft(scene)
-    draft.say(None)
-    for key, answer in facts:
-        draft.say(key)
-        draft.say(answer, 1.0)
-        draft.say(".", 0.0)
-    return draft
-
-
-def dialogue(scene: Scene, rng: random.Random) -> Draft:
-    """A conversation about the scene in the form the tune stage uses."""
-    draft = Draft(scene)
-    draft.say("USER: ", 0.0)
-    draft.say(None)
-    turns = _turns(scene, rng)
-    for index, (question, answer) in enumerate(turns):
-        lead = "\n" if index == 0 else "USER: "
-        draft.say(f"{lead}{question} ASSISTANT:")
-        draft.say(answer, 1.0)
-        draft.say("</s>", 1.0)
-    return draft
-
-
-def _turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    if rng.random() < 0.12:
-        return [(rng.choice(("Describe the image in detail.", "What do you see in the image?")),
-                 language.description(scene, rng))]  # fmt: skip
-    turns = []
-    for question in language.questions(scene, 7, rng):
-        draw = rng.random()
-        if draw < 0.3 and question.kind in language.CHOICE_KINDS:
-            options, letter = language.choices(question, rng)
-            lines = "\n".join(
-                f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)
-            )
-            turns.append((f"{question.text}\n{lines}\n{rng.choice(BRIEFLY)}", letter))
-        elif draw < 0.6:
-            turns.append((f"{question.text} {rng.choice(BRIEFLY)}", question.short))
-        else:
-            turns.append((question.text, question.long))
-    if rng.random() < 0.25:
-        turns.insert(rng.randrange(len(turns)), language.reasoning(scene, rng))
-    for _ in range(rng.choice((0, 0, 1, 1, 2))):
-        thing = rng.choice(scene.things)
-        box, name = language.box_text(thing), language.thing_phrase(thing)
-        phrase = rng.choice((name, thing.shape))
-        pair = (
-            (f"What is in the box {box}?", name)
-            if rng.random() < 0.4
-            else (f"Give the box of the {phrase}.", box)
-        )
-        turns.insert(rng.randrange(len(turns) + 1), pair)
-    return turns
-
-
-def in_words(scene: Scene, rng: random.Random) -> Draft:
-    """The same scene told in ordinary words, then one or two questions."""
-    draft = Draft(None)
-    told = language.description(scene, rng) if rng.random() < 0.5 else language.caption(scene, rng)
-    for index, question in enumerate(language.questions(scene, 2, rng)):
-        draft.say(f"USER: {told + ' ' if index == 0 else ''}{question.text} ASSISTANT:")
-        draft.say(question.long, 1.0)
-        draft.say("</s>", 1.0)
-    return draft
-
-
-def text_only(rng: random.Random) -> Draft:
-    """A dialogue without any scene."""
-    draft = Draft(None)
-    for question, answer in language.text_dialogue(rng):
-        draft.say(f"USER: {question} ASSISTANT:")
-        draft.say(answer, 1.0)
-        draft.say("</s>", 1.0)
-    return draft
-
-
-def plain_caption(scene: Scene, rng: random.Random) -> Draft:
-    """Scene, caption, line break: the form the align stage uses."""
-    draft = Draft(scene)
-    draft.say(None)
-    draft.say(language.caption(scene, rng), 1.0)
-    return draft
-
-
-def draft_for(step: int, warmup: int, scene: Scene, rng: random.Random) -> Draft:
-    """What is learnt from this scene at this step: cloze alone at first, then the mixture."""
-    draw = rng.random()
-    if step < warmup or draw < 0.14:
-        return cloze(scene, rng)
-    if draw < 0.80:
-        return dialogue(scene, rng)
-    if draw < 0.90:
-        return plain_caption(scene, rng)
-    return in_words(scene, rng) if draw < 0.97 else text_only(rng)
+SAVE_EVERY = 1000
+# The pieces of text that end a turn or a statement.
+ENDS = ("</s>", ".")
 
 
 class Scribe:
@@ -212,21 +65,22 @@ class Scribe:
         return ids, weights, bags
 
     def _row(self, draft: Draft, encoded: Any) -> tuple[list[int], list[float]]:
-        """Ids and weights; pieces past the token budget are left out together with their turn."""
+        """Ids and weights; turns or statements that do not end within the budget are left out.
+
+        A draft that is no row of turns or statements (a caption) is kept whole.
+        """
+        budget = TEXT_TOKENS + (PATCHES if draft.scene is not None else 0)
         ids, weights = [self.tokenizer.bos_token_id], [0.0]
         complete = len(ids)
         for text, weight in draft.pieces:
-            if text is None:
-                ids += [-1] * PATCHES
-                weights += [0.0] * PATCHES
-            else:
-                piece = next(encoded)
-                ids += piece
-                weights += [weight] * len(piece)
-            budget = TEXT_TOKENS + (PATCHES if draft.scene is not None else 0)
-            if text in (None, "</s>", ".") and len(ids) <= budget:
+            piece = [-1] * PATCHES if text is None else next(encoded)
+            ids += piece
+            weights += [0.0 if text is None else weight] * len(piece)
+            if (text is None or text in ENDS) and len(ids) <= budget:
                 complete = len(ids)
-        return (ids, weights) if text not in ("</s>", ".") else (ids[:complete], weights[:complete])
+        last_text, _ = draft.pieces[-1]
+        kept = complete if last_text in ENDS else len(ids)
+        return ids[:kept], weights[:kept]
 
 
 def _bag_vocabulary() -> tuple[str, ...]:
@@ -274,48 +128,38 @@ def new_model(vocabulary: int, seed: int) -> Any:
     return model
 
 
-def train_language(out: Path, *, steps: int = 8000, batch_size: int = 16, seed: int = 0) -> None:
-    """Train the language model from nothing and write it to `out` with `quality.json`."""
-    import torch
-    import torch.nn.functional as F
+def train_language(
+    out: Path,
+    *,
+    steps: int = 8000,
+    batch_size: int = 16,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train the language model from nothing and write it to `out` with `quality.json`.
+
+    `report` hears the number of steps done and the smoothed loss after every step.
+    """
     from transformers import AutoTokenizer
 
     train_tokenizer(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     scribe = Scribe(tokenizer)
     model = new_model(len(tokenizer), seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, total_steps=steps, pct_start=0.02, anneal_strategy="cos"
-    )
+    optimizer, schedule = _optimizer(model, steps)
     rng = random.Random(f"language {seed}")
-    running = 0.0
+    smoothed = 0.0
     for step in range(steps):
-        first = FIRST_SCENE + step * batch_size
-        drafts = [draft_for(step, WARMUP, random_scene(first + k), rng) for k in range(batch_size)]
-        ids, weights, bags = scribe.batch(drafts, rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            embeds = embed(model, ids, bags, noise=0.4 * rng.random())
-            hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            keep = weights[:, 1:] > 0
-            logits = model.lm_head(hidden[:, :-1][keep]).float()
-        losses = F.cross_entropy(logits, ids[:, 1:][keep], reduction="none")
-        loss = (losses * weights[:, 1:][keep]).sum() / weights[:, 1:][keep].sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = lesson_loss(model, scribe, step, batch_size, rng)
+        _learn(model, loss, optimizer)
         schedule.step()
-        running = (
-            float(loss.detach()) if step == 0 else 0.98 * running + 0.02 * float(loss.detach())
-        )
-        if step % 100 == 0:
-            log.info("language %d/%d loss %.4f", step, steps, running)
-        if step % 1000 == 999 or step == steps - 1:
+        value = float(loss.detach())
+        smoothed = value if step == 0 else 0.98 * smoothed + 0.02 * value
+        if report is not None:
+            report(step + 1, smoothed)
+        if (step + 1) % SAVE_EVERY == 0:
             quality = look_up(model, scribe, 60)
-            log.info("language %d look-up %s", step, quality)
+            log.info("language %d/%d loss %.4f look-up %s", step + 1, steps, smoothed, quality)
             model.save_pretrained(out)
     quality = look_up(model, scribe, 300)
     log.info("language look-up at the end %s", quality)
@@ -325,44 +169,91 @@ def train_language(out: Path, *, steps: int = 8000, batch_size: int = 16, seed: 
     (out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def look_up(model: Any, scribe: Scribe, scenes: int) -> dict[str, float]:
-    """Share of short answers right per kind, teacher-forced, on scenes not trained on."""
+def _optimizer(model: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     import torch
 
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_RATE, total_steps=steps, pct_start=0.02, anneal_strategy="cos"
+    )
+    return optimizer, schedule
+
+
+def lesson_loss(
+    model: Any, scribe: Scribe, step: int, batch_size: int, rng: random.Random
+) -> torch.Tensor:
+    """float[]: the weighted mean cross entropy over the drafts of a step."""
+    import torch
+    import torch.nn.functional as F
+
+    first = FIRST_SCENE + step * batch_size
+    drafts = [draft_for(step, random_scene(first + k), rng) for k in range(batch_size)]
+    ids, weights, bags = scribe.batch(drafts, rng)
+    keep = weights[:, 1:] > 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeds = embed(model, ids, bags, noise=0.4 * rng.random())
+        hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1][keep]).float()
+    losses = F.cross_entropy(logits, ids[:, 1:][keep], reduction="none")
+    kept_weights = weights[:, 1:][keep]
+    return (losses * kept_weights).sum() / kept_weights.sum()
+
+
+def _learn(model: Any, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    import torch
+
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def look_up(model: Any, scribe: Scribe, scenes: int) -> dict[str, float]:
+    """Share of short answers right per kind, teacher-forced, on scenes not trained on."""
     model.eval()
     rng = random.Random(5)
     scores = {}
     for kind in (*language.KINDS, "choice"):
-        right, asked = 0, 0
-        drafts, truths = [], []
-        for index in range(scenes):
-            scene = random_scene(FIRST_SCENE - 2000 + index)
-            found = language.ask(
-                scene, rng.choice(language.CHOICE_KINDS) if kind == "choice" else kind, rng
-            )
-            if found is None:
-                continue
-            text, answer = found.text, found.short
-            if kind == "choice":
-                options, answer = language.choices(found, rng)
-                text += (
-                    "\n"
-                    + "\n".join(f"{n}. {o}" for n, o in zip("ABCD", options, strict=False))
-                    + "\n"
-                )
-            draft = Draft(scene)
-            draft.say("USER: ", 0.0)
-            draft.say(None)
-            draft.say(f"\n{text}{'' if kind == 'choice' else ' '}Answer briefly. ASSISTANT:", 0.0)
-            draft.say(answer, 1.0)
-            draft.say("</s>", 1.0)
-            drafts.append(draft)
-            truths.append(answer)
-        with torch.inference_mode():
-            ids, weights, bags = scribe.batch(drafts, rng)
-            logits = model(inputs_embeds=embed(model, ids, bags, 0.0), use_cache=False).logits
-            wrong = (logits[:, :-1].argmax(-1) != ids[:, 1:]) & (weights[:, 1:] > 0)
-            right, asked = int((~wrong.any(1)).sum()), len(truths)
-        scores[kind] = round(right / max(asked, 1), 3)
+        drafts = _exam(kind, scenes, rng)
+        right = _answered_right(model, scribe, drafts, rng)
+        scores[kind] = round(right / max(len(drafts), 1), 3)
     model.train()
     return scores
+
+
+def _exam(kind: str, scenes: int, rng: random.Random) -> list[Draft]:
+    """One question of a kind per scene, where the scene has one; its answer alone has weight."""
+    drafts = []
+    for index in range(scenes):
+        scene = random_scene(FIRST_SCENE - 2000 + index)
+        choice = kind == "choice"
+        asked = rng.choice(language.CHOICE_KINDS) if choice else kind
+        question = language.ask(scene, asked, rng)
+        if question is None:
+            continue
+        text, answer = f"{question.text} ", question.short
+        if choice:
+            options, answer = language.choices(question, rng)
+            lines = (f"{name}. {option}" for name, option in zip("ABCD", options, strict=False))
+            text = "\n".join((question.text, *lines, ""))
+        draft = Draft(scene)
+        draft.say("USER: ", 0.0)
+        draft.say(None)
+        draft.say(f"\n{text}Answer briefly. ASSISTANT:", 0.0)
+        draft.say(answer, 1.0)
+        draft.say("</s>", 1.0)
+        drafts.append(draft)
+    return drafts
+
+
+def _answered_right(model: Any, scribe: Scribe, drafts: list[Draft], rng: random.Random) -> int:
+    """How many drafts have every weighted token as the likeliest one."""
+    import torch
+
+    with torch.inference_mode():
+        ids, weights, bags = scribe.batch(drafts, rng)
+        logits = model(inputs_embeds=embed(model, ids, bags, 0.0), use_cache=False).logits
+        wrong = (logits[:, :-1].argmax(-1) != ids[:, 1:]) & (weights[:, 1:] > 0)
+    return int((~wrong.any(1)).sum())

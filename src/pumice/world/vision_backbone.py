@@ -8,13 +8,14 @@ are thrown away; what remains is a Hugging Face folder with a `CLIPVisionModel`.
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from pumice.core.log import get_logger
 from pumice.world.scenes import (
     BACKGROUNDS,
     CELL,
@@ -32,7 +33,7 @@ from pumice.world.scenes import (
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 VIEW = 96
 PATCH = 16
@@ -107,8 +108,18 @@ def view(image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarr
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
 
 
-def train_vision(out: Path, *, steps: int = 5000, batch_size: int = 32, seed: int = 0) -> None:
-    """Train the backbone from nothing and write it to `out` with `quality.json`."""
+def train_vision(
+    out: Path,
+    *,
+    steps: int = 5000,
+    batch_size: int = 32,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train the backbone from nothing and write it to `out` with `quality.json`.
+
+    `report` hears the number of steps done and the loss after every step.
+    """
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -137,12 +148,14 @@ def train_vision(out: Path, *, steps: int = 5000, batch_size: int = 32, seed: in
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps - 1:
+        if report is not None:
+            report(step + 1, float(loss.detach()))
+        if (step + 1) % 1000 == 0:
             parts = " ".join(f"{name} {float(x.detach()):.3f}" for name, x in losses.items())
-            log.info("vision %d/%d %s", step, steps, parts)
+            log.info("vision %d/%d %s", step + 1, steps, parts)
     model.eval()
     quality = _quality(model, heads)
-    log.info("vision quality %s", quality)
+    log.info("vision quality at the end %s", quality)
     model.save_pretrained(out)
     write_preprocessor(out)
     record = {"seed": seed, "steps": steps, "batch_size": batch_size, "patch_accuracy": quality}

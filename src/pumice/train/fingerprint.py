@@ -1,0 +1,98 @@
+"""What a stage depends on, named by content: moving data, output or package changes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pumice.core.files import read_json, sha256_bytes, sha256_file
+from pumice.core.shipped import SHIPPED_DIR
+
+if TYPE_CHECKING:
+    from pumice.train.stages import StageSpec
+
+# They decide how often a stage is saved and how fast it reads, not what it computes.
+_FREE = ("workers", "save_every")
+# Small files of a backbone that decide what is computed, where a folder has them.
+_READ_WHOLE = (
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+_WEIGHTS = {".safetensors", ".bin"}
+# Training changes every tensor, so the ends of a file tell two trainings apart; 13 GB are not read.
+_SAMPLE = 2**20
+
+
+def spec_fingerprint(spec: StageSpec) -> str:
+    """A hash of everything that decides what a stage computes, wherever its files lie.
+
+    Of the images nothing is taken: their names are in the data files, their pixels are too many.
+    """
+    content: dict[str, Any] = asdict(spec)
+    for key in _FREE:
+        content.pop(key)
+    content["data"] = [
+        {"sha256": sha256_file(entry.path), "weight": entry.weight, "cap": entry.cap}
+        for entry in spec.data
+    ]
+    content["vision"] = _folder_content(spec.vision)
+    content["language"] = _folder_content(spec.language)
+    content["init"] = None if spec.init is None else _checkpoint_content(spec.init)
+    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def spec_record(spec: StageSpec, out: Path) -> dict[str, Any]:
+    """The spec as plain values for training.json. No path in it is absolute."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return _told(value, out)
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    record: dict[str, Any] = plain(asdict(spec))
+    return record
+
+
+def _told(path: Path, out: Path) -> str:
+    """A path for people: relative to the output or the package, else as given; never absolute."""
+    for base in (out, SHIPPED_DIR):
+        if path.resolve().is_relative_to(base.resolve()):
+            return path.resolve().relative_to(base.resolve()).as_posix()
+    if not path.is_absolute():
+        return path.as_posix()
+    if path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd()).as_posix()
+    # A checkpoint may be given away, and a home directory tells a name.
+    return "/".join(("...", *path.parts[1:][-2:]))
+
+
+def _folder_content(folder: Path) -> dict[str, str]:
+    found = {name: sha256_file(folder / name) for name in _READ_WHOLE if (folder / name).is_file()}
+    weights = (path for path in sorted(folder.glob("*")) if path.suffix in _WEIGHTS)
+    return found | {path.name: _sampled(path) for path in weights}
+
+
+def _checkpoint_content(folder: Path) -> dict[str, str]:
+    """A checkpoint a stage wrote is named by that stage's fingerprint, others by their files."""
+    record = folder / "training.json"
+    made = read_json(record).get("fingerprint") if record.is_file() else None
+    if made is None:
+        return _folder_content(folder)
+    return {"fingerprint": made, "config.json": sha256_file(folder / "config.json")}
+
+
+def _sampled(path: Path) -> str:
+    """Size and a hash of both ends of a file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(_SAMPLE)
+        file.seek(max(size - _SAMPLE, 0))
+        ends += file.read(_SAMPLE)
+    return f"{size} {sha256_bytes(ends)}"

@@ -1,0 +1,221 @@
+"""What the pocket language model learns: scenes as words at 36 positions, and texts about them.
+
+A draft is a text in pieces with a loss weight each; `language_backbone` turns drafts into tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from pumice.world import language
+from pumice.world.scenes import COLUMNS, ROWS, Scene
+from pumice.world.vision_backbone import GRID, patch_owner
+
+PATCHES = GRID * GRID
+WARMUP = 600
+DROPPED_WORDS = 0.06
+QUESTION_WEIGHT = 0.1
+BRIEFLY = ("Answer briefly.", "Give a short answer.")
+
+
+@dataclass(slots=True)
+class Draft:
+    """A sequence in the making: pieces of text with their loss weight; None is the scene."""
+
+    scene: Scene | None
+    pieces: list[tuple[str | None, float]] = field(default_factory=list)
+
+    def say(self, text: str | None, weight: float = QUESTION_WEIGHT) -> None:
+        self.pieces.append((text, weight))
+
+
+def scene_words(scene: Scene, rng: random.Random | None) -> list[list[str]]:
+    """The words at each of the 36 positions; `rng` drops some of them."""
+    owner = patch_owner(scene)
+    positions = []
+    for patch in range(PATCHES):
+        row, column = divmod(patch, GRID)
+        words = [ROWS[row // 2], COLUMNS[column // 2]]
+        if owner[row, column] < 0:
+            words.append(scene.background)
+        else:
+            thing = scene.things[owner[row, column]]
+            words += (
+                ["sign", thing.word] if thing.is_sign
+                else [thing.size, thing.texture, thing.color, thing.shape]
+            )  # fmt: skip
+        if rng is not None:
+            words = [word for word in words if rng.random() > DROPPED_WORDS] or words[:1]
+        positions.append(words)
+    return positions
+
+
+def cloze(scene: Scene, rng: random.Random, *, harder: bool) -> Draft:
+    """Statements with the key directly before the answer: 'color circle red . where star top'.
+
+    `harder` adds statements that need two steps: comparisons, and letters of listed options.
+    """
+    facts = _facts(scene)
+    if harder:
+        facts += _comparisons(scene, rng)
+    rng.shuffle(facts)
+    draft = Draft(scene)
+    draft.say(None)
+    if harder and rng.random() < 0.6:
+        _say_options(draft, scene, rng)
+    for key, answer in facts:
+        draft.say(key)
+        draft.say(answer, 1.0)
+        draft.say(".", 0.0)
+    return draft
+
+
+def _facts(scene: Scene) -> list[tuple[str, str]]:
+    facts = [("background", scene.background), ("shapes", str(len(scene.shapes)))]
+    for thing in scene.things:
+        name = "sign" if thing.is_sign else thing.shape
+        facts += [("where " + name, thing.place), (thing.place, name)]
+        if thing.is_sign:
+            facts.append(("sign", thing.word))
+        else:
+            facts += [
+                ("color " + name, thing.color),
+                ("size " + name, thing.size),
+                ("pattern " + name, thing.texture),
+            ]
+    for values in zip(*[(t.color, t.texture, t.size) for t in scene.shapes], strict=True):
+        facts += [("number " + value, str(values.count(value))) for value in sorted(set(values))]
+    return facts
+
+
+def _comparisons(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Yes/no statements of two things, and of things that may not be there."""
+    found = []
+    for kind in ("relation", "compare", "exist_pair", "exist"):
+        for _ in range(2):
+            question = language.ask(scene, kind, rng)
+            if question is not None:
+                words = question.text.removesuffix("?").split()
+                kept = [word for word in words if word not in _IDLE_WORDS]
+                found.append((" ".join(kept), question.short))
+    return found
+
+
+_IDLE_WORDS = frozenset("Is Do Can you see there a an the in image and have same".split())
+
+
+def _say_options(draft: Draft, scene: Scene, rng: random.Random) -> None:
+    """Options under letters, then options and their letters: 'A ring B star . letter star B .'"""
+    question = next(
+        (
+            q
+            for kind in rng.sample(language.CHOICE_KINDS, 3)
+            if (q := language.ask(scene, kind, rng))
+        ),
+        None,
+    )
+    if question is None:
+        return
+    options, _ = language.choices(question, rng)
+    for letter, option in zip("ABCD", options, strict=False):
+        draft.say(f"\n{letter}. {option}")
+    draft.say(".", 0.0)
+    for index in rng.sample(range(len(options)), len(options)):
+        draft.say(f"letter {options[index]}")
+        draft.say("ABCD"[index], 1.0)
+        draft.say(".", 0.0)
+
+
+def dialogue(scene: Scene, rng: random.Random) -> Draft:
+    """A conversation about the scene in the form the tune stage uses."""
+    draft = Draft(scene)
+    draft.say("USER: ", 0.0)
+    draft.say(None)
+    turns = _turns(scene, rng)
+    for index, (question, answer) in enumerate(turns):
+        lead = "\n" if index == 0 else "USER: "
+        draft.say(f"{lead}{question} ASSISTANT:")
+        draft.say(answer, 1.0)
+        draft.say("</s>", 1.0)
+    return draft
+
+
+def _turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    if rng.random() < 0.12:
+        return [(rng.choice(("Describe the image in detail.", "What do you see in the image?")),
+                 language.description(scene, rng))]  # fmt: skip
+    turns = []
+    for question in language.questions(scene, 7, rng):
+        draw = rng.random()
+        if draw < 0.4 and question.kind in language.CHOICE_KINDS:
+            options, letter = language.choices(question, rng)
+            lines = "\n".join(
+                f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)
+            )
+            turns.append((f"{question.text}\n{lines}\n{rng.choice(BRIEFLY)}", letter))
+        elif draw < 0.65:
+            turns.append((f"{question.text} {rng.choice(BRIEFLY)}", question.short))
+        else:
+            turns.append((question.text, question.long))
+    if rng.random() < 0.25:
+        turns.insert(rng.randrange(len(turns) + 1), language.reasoning(scene, rng))
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
+        thing = rng.choice(scene.things)
+        box, name = language.box_text(thing), language.thing_phrase(thing)
+        phrase = rng.choice((name, thing.shape))
+        pair = (
+            (f"What is in the box {box}?", name)
+            if rng.random() < 0.4
+            else (f"Give the box of the {phrase}.", box)
+        )
+        turns.insert(rng.randrange(len(turns) + 1), pair)
+    return turns
+
+
+def in_words(scene: Scene, rng: random.Random) -> Draft:
+    """The same scene told in ordinary words, then one or two questions."""
+    draft = Draft(None)
+    told = language.description(scene, rng) if rng.random() < 0.5 else language.caption(scene, rng)
+    for index, question in enumerate(language.questions(scene, 2, rng)):
+        draft.say(f"USER: {told + ' ' if index == 0 else ''}{question.text} ASSISTANT:")
+        draft.say(question.long, 1.0)
+        draft.say("</s>", 1.0)
+    return draft
+
+
+def text_only(rng: random.Random) -> Draft:
+    """A dialogue without any scene."""
+    draft = Draft(None)
+    for question, answer in language.text_dialogue(rng):
+        draft.say(f"USER: {question} ASSISTANT:")
+        draft.say(answer, 1.0)
+        draft.say("</s>", 1.0)
+    return draft
+
+
+def plain_caption(scene: Scene, rng: random.Random) -> Draft:
+    """Scene, caption, line break: the form the align stage uses."""
+    draft = Draft(scene)
+    draft.say(None)
+    draft.say(language.caption(scene, rng), 1.0)
+    return draft
+
+
+def draft_for(step: int, scene: Scene, rng: random.Random) -> Draft:
+    """What is learnt from this scene at this step: cloze alone at first, then the mixture."""
+    while True:
+        draft = _drawn(step, scene, rng)
+        if any(weight == 1.0 for _, weight in draft.pieces):
+            return draft
+
+
+def _drawn(step: int, scene: Scene, rng: random.Random) -> Draft:
+    draw = rng.random()
+    if step < WARMUP or draw < 0.2:
+        return cloze(scene, rng, harder=step >= WARMUP)
+    if draw < 0.82:
+        return dialogue(scene, rng)
+    if draw < 0.91:
+        return plain_caption(scene, rng)
+    return in_words(scene, rng) if draw < 0.97 else text_only(rng)

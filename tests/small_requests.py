@@ -1,0 +1,56 @@
+"""Pictures, requests of many lengths, and a recorder of what a decoder saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from pumice.core.types import Request, Sampling, user
+from pumice.infer import decoding
+from pumice.infer.sampling import Sampler, choose
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 24)) -> PIL.Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 255, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())
+
+
+def mixed(root: Path, n: int = 24) -> list[Request]:
+    """Prompts of many lengths, with none, one and two images."""
+    out = []
+    for i, text in enumerate(["what is", "the red cat in a blue circle " * 3, "Answer?"]):
+        for images in ([], [root / "0.png"], [root / "1.png", root / "2.png"]):
+            new = max(n - 2 * len(out), 3)
+            out.append(Request((user(text, *images),), Sampling(max_new_tokens=new), id=f"{i}"))
+    return out
+
+
+class Recorder:
+    """Stands in for `choose` and keeps what every row saw, by its settings' object."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.logits: dict[int, list[torch.Tensor]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.batches: list[int] = []
+        self.known: list[Sampler] = []
+        monkeypatch.setattr(decoding, "choose", self)
+
+    def __call__(self, logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+        tokens = choose(logits, samplers)
+        self.batches.append(len(samplers))
+        self.known += samplers
+        for row, token, sampler in zip(logits, tokens, samplers, strict=True):
+            self.logits.setdefault(id(sampler), []).append(row.clone())
+            self.tokens.setdefault(id(sampler), []).append(token)
+        return tokens
+
+    def take(self) -> list[tuple[list[int], torch.Tensor]]:
+        """(tokens, float[n, V]) of each row in the order the rows came, and forgets them."""
+        out = [(self.tokens[k], torch.stack(self.logits[k])) for k in self.tokens]
+        self.logits, self.tokens, self.batches, self.known = {}, {}, [], []
+        return out
