@@ -146,6 +146,19 @@ def test_a_limit_keeps_the_shares_of_the_categories(tmp_path: Path) -> None:
     assert [item.category for item in take_evenly(items, 3)] == ["adversarial", "random", "popular"]
 
 
+def test_a_limit_keeps_alternating_labels_in_balance(tmp_path: Path) -> None:
+    items = [
+        Item(id=str(n), image=None, prompt="", truth=("yes", "no")[n % 2], group="")
+        for n in range(6000)
+    ]
+    for limit in (100, 300, 600, 1000):
+        taken = take_evenly(items, limit)
+        assert len({item.id for item in taken}) == limit
+        assert [item.id for item in taken] == sorted((item.id for item in taken), key=int)
+        assert 0.4 < sum(item.truth == "yes" for item in taken) / limit < 0.6
+    assert take_evenly(items, 100) == take_evenly(items, 100)
+
+
 # --- errors a user can act on -------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pumice
 from pumice.core.files import read_jsonl
 from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.examples import pick_examples
 from pumice.eval.report import Example, ReportData, score_row, write_report
 from pumice.recipe.load import resolved_yaml
 
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
     from pumice.recipe.schema import Recipe
     from pumice.train.stages import StageResult
 
-_EXAMPLES_PER_BENCHMARK = 2
-# A graded score from here on is shown as a right answer.
-_RIGHT_FROM = 0.5
+_EXAMPLES = 12
 
 
 def report_run(
@@ -48,9 +47,7 @@ def report_run(
         about=recipe.about,
         scores=rows,
         curves=_curves(out / "metrics.jsonl"),
-        examples=[
-            example for own in scores for example in _examples(own.benchmark, data, out / "eval")
-        ],
+        examples=_examples(scores, data, out / "eval", recipe.seed),
         recipe=resolved_yaml(recipe),
         facts=_facts(recipe, results),
         costs=_costs(results, seconds),
@@ -69,29 +66,18 @@ def _curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
     return dict(curves)
 
 
-def _examples(name: str, data: Path, evaluated: Path) -> list[Example]:
-    """A few questions spread evenly over the benchmark, so that nothing is picked by its answer."""
-    benchmark = BENCHMARKS[name]
-    items = {item.id: item for item in benchmark.load(data)}
-    answered = [
-        row
-        for _, row in read_jsonl(evaluated / name / "predictions.jsonl")
-        if row["error"] is None and row["id"] in items
-    ]
-    count = min(_EXAMPLES_PER_BENCHMARK, len(answered))
-    examples = []
-    for number in range(count):
-        row = answered[(2 * number + 1) * len(answered) // (2 * count)]
-        item = items[row["id"]]
-        examples.append(
-            Example(
-                question=item.prompt,
-                answer=row["text"],
-                truth=benchmark.truth_text(item),
-                right=(row["score"] or 0.0) >= _RIGHT_FROM,
-                image=None if item.image is None else item.image.read_bytes(),
-                benchmark=benchmark.title,
-            )
+def _examples(scores: Sequence[Scores], data: Path, evaluated: Path, seed: int) -> list[Example]:
+    """Twelve answered questions, shared out between the benchmarks and drawn by chance."""
+    examples: list[Example] = []
+    for place, own in enumerate(scores):
+        left = len(scores) - place
+        # Another draw for each benchmark, or they would all show the same pictures.
+        examples += pick_examples(
+            BENCHMARKS[own.benchmark],
+            data,
+            evaluated / own.benchmark,
+            -(-(_EXAMPLES - len(examples)) // left),
+            seed=seed + place,
         )
     return examples
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 from pumice.core.errors import DataError
@@ -104,12 +106,18 @@ def rescore(
 
 
 def take_evenly(items: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items, spread over the whole list so that every category keeps its share."""
+    """At most `limit` items, spread over the whole list so that every category keeps its share.
+
+    The list is cut into `limit` runs of equal length and one item is drawn from each, always the
+    same one. Every n-th item would not do: benchmarks alternate (POPE's yes and no).
+    """
     if limit is None or limit >= len(items):
         return items
     if limit < 1:
         raise DataError(f"the limit must be at least 1, given {limit}; leave it out for all items.")
-    return [items[index * len(items) // limit] for index in range(limit)]
+    rng = random.Random(f"{limit} of {len(items)}")
+    bounds = [index * len(items) // limit for index in range(limit + 1)]
+    return [items[rng.randrange(start, end)] for start, end in pairwise(bounds)]
 
 
 def prompt_hash(item: Item) -> str:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pumice.core.log import get_logger
 from pumice.world import language
-from pumice.world.lessons import PATCHES, Draft, draft_for, scene_words
+from pumice.world.lessons import (
+    PATCHES,
+    Draft,
+    Lesson,
+    mixture,
+    practice_mixture,
+    scene_words,
+)
 from pumice.world.scenes import random_scene
 from pumice.world.tokenizer import train_tokenizer
 from pumice.world.vision_backbone import FIRST_SCENE
@@ -28,6 +35,8 @@ log = get_logger(__name__)
 
 TEXT_TOKENS = 100
 PEAK_RATE = 1.5e-3
+# The share of the steps that the first cycle takes; the second practises the hard questions.
+FIRST_CYCLE = 0.7
 SAVE_EVERY = 1000
 # The pieces of text that end a turn or a statement.
 ENDS = ("</s>", ".")
@@ -131,7 +140,7 @@ def new_model(vocabulary: int, seed: int) -> Any:
 def train_language(
     out: Path,
     *,
-    steps: int = 8000,
+    steps: int = 10000,
     batch_size: int = 16,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
@@ -146,27 +155,47 @@ def train_language(
     tokenizer = AutoTokenizer.from_pretrained(out)
     scribe = Scribe(tokenizer)
     model = new_model(len(tokenizer), seed)
-    optimizer, schedule = _optimizer(model, steps)
-    rng = random.Random(f"language {seed}")
-    smoothed = 0.0
-    for step in range(steps):
-        loss = lesson_loss(model, scribe, step, batch_size, rng)
-        _learn(model, loss, optimizer)
-        schedule.step()
-        value = float(loss.detach())
-        smoothed = value if step == 0 else 0.98 * smoothed + 0.02 * value
-        if report is not None:
-            report(step + 1, smoothed)
-        if (step + 1) % SAVE_EVERY == 0:
-            quality = look_up(model, scribe, 60)
-            log.info("language %d/%d loss %.4f look-up %s", step + 1, steps, smoothed, quality)
-            model.save_pretrained(out)
+    first = round(steps * FIRST_CYCLE)
+    for lesson, start, end in ((mixture, 0, first), (practice_mixture, first, steps)):
+        _cycle(model, scribe, lesson, range(start, end), batch_size, seed, out, report)
     quality = look_up(model, scribe, 300)
     log.info("language look-up at the end %s", quality)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {"seed": seed, "steps": steps, "batch_size": batch_size, "look_up": quality}
     (out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cycle(
+    model: Any,
+    scribe: Scribe,
+    lesson: Lesson,
+    steps: range,
+    batch_size: int,
+    seed: int,
+    out: Path,
+    report: Callable[[int, float], None] | None,
+) -> None:
+    """One cycle of the learning rate over one kind of lesson; the model is saved now and then."""
+    import torch
+
+    if steps.start:
+        torch.manual_seed(seed + steps.start)
+    rng = random.Random(f"language {seed}" + (f" from {steps.start}" if steps.start else ""))
+    optimizer, schedule = _optimizer(model, len(steps))
+    smoothed = None
+    for step in steps:
+        loss = lesson_loss(model, scribe, lesson, step, batch_size, rng)
+        _learn(model, loss, optimizer)
+        schedule.step()
+        value = float(loss.detach())
+        smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
+        if report is not None:
+            report(step + 1, smoothed)
+        if (step + 1) % SAVE_EVERY == 0:
+            quality = look_up(model, scribe, 60)
+            log.info("language %d loss %.4f look-up %s", step + 1, smoothed, quality)
+            model.save_pretrained(out)
 
 
 def _optimizer(model: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -182,14 +211,14 @@ def _optimizer(model: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def lesson_loss(
-    model: Any, scribe: Scribe, step: int, batch_size: int, rng: random.Random
+    model: Any, scribe: Scribe, lesson: Lesson, step: int, batch_size: int, rng: random.Random
 ) -> torch.Tensor:
     """float[]: the weighted mean cross entropy over the drafts of a step."""
     import torch
     import torch.nn.functional as F
 
     first = FIRST_SCENE + step * batch_size
-    drafts = [draft_for(step, random_scene(first + k), rng) for k in range(batch_size)]
+    drafts = [lesson(step, random_scene(first + k), rng) for k in range(batch_size)]
     ids, weights, bags = scribe.batch(drafts, rng)
     keep = weights[:, 1:] > 0
     with torch.autocast("cpu", dtype=torch.bfloat16):

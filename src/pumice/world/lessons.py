@@ -6,6 +6,7 @@ A draft is a text in pieces with a loss weight each; `language_backbone` turns d
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pumice.world import language
@@ -16,6 +17,7 @@ PATCHES = GRID * GRID
 WARMUP = 600
 DROPPED_WORDS = 0.06
 QUESTION_WEIGHT = 0.1
+HARD_KINDS = ("relation", "relation", "compare", "choice", "choice", "count_by", "exist_pair")
 BRIEFLY = ("Answer briefly.", "Give a short answer.")
 
 
@@ -149,11 +151,7 @@ def _turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     for question in language.questions(scene, 7, rng):
         draw = rng.random()
         if draw < 0.4 and question.kind in language.CHOICE_KINDS:
-            options, letter = language.choices(question, rng)
-            lines = "\n".join(
-                f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)
-            )
-            turns.append((f"{question.text}\n{lines}\n{rng.choice(BRIEFLY)}", letter))
+            turns.append(_as_choice(question, rng))
         elif draw < 0.65:
             turns.append((f"{question.text} {rng.choice(BRIEFLY)}", question.short))
         else:
@@ -202,10 +200,71 @@ def plain_caption(scene: Scene, rng: random.Random) -> Draft:
     return draft
 
 
-def draft_for(step: int, scene: Scene, rng: random.Random) -> Draft:
-    """What is learnt from this scene at this step: cloze alone at first, then the mixture."""
+def practice(scene: Scene, rng: random.Random) -> Draft:
+    """A dialogue of the questions that need two steps, some with their steps asked before them.
+
+    "Where is the circle?" and "Where is the star?" make "Is the circle left of the star?" easy;
+    the same question without them comes in the same dialogues.
+    """
+    turns: list[tuple[str, str]] = []
+    for _ in range(6):
+        kind = rng.choice(HARD_KINDS)
+        asked = rng.choice(language.CHOICE_KINDS) if kind == "choice" else kind
+        question = language.ask(scene, asked, rng)
+        if question is None:
+            continue
+        if rng.random() < 0.35:
+            turns += _steps_towards(question, kind, scene)
+        if kind == "choice":
+            turns.append(_as_choice(question, rng))
+        else:
+            turns.append((f"{question.text} {BRIEFLY[0]}", question.short))
+    draft = Draft(scene)
+    draft.say("USER: ", 0.0)
+    draft.say(None)
+    for index, (text, answer) in enumerate(turns):
+        draft.say(f"{chr(10) if index == 0 else 'USER: '}{text} ASSISTANT:")
+        draft.say(answer, 1.0)
+        draft.say("</s>", 1.0)
+    return draft
+
+
+def _steps_towards(question: language.Question, kind: str, scene: Scene) -> list[tuple[str, str]]:
+    """The single look-ups whose answers decide the question."""
+    if kind == "choice":
+        return [(f"{question.text} {BRIEFLY[0]}", question.short)]
+    words = question.text.removesuffix("?").split()
+    named = [thing for thing in scene.shapes if thing.shape in words]
+    for noun, attribute in (("color", "color"), ("size", "size"), ("pattern", "texture")):
+        if words[-1] == noun:
+            return [
+                (f"What {noun} is the {thing.shape}? {BRIEFLY[0]}", getattr(thing, attribute))
+                for thing in named
+            ]
+    return [(f"Where is the {thing.shape}? {BRIEFLY[0]}", thing.place) for thing in named]
+
+
+def _as_choice(question: language.Question, rng: random.Random) -> tuple[str, str]:
+    options, letter = language.choices(question, rng)
+    lines = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options, strict=False))
+    return f"{question.text}\n{lines}\n{rng.choice(BRIEFLY)}", letter
+
+
+Lesson = Callable[[int, Scene, random.Random], Draft]
+
+
+def mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
+    """The lesson of the first cycle: cloze alone at first, then everything."""
     while True:
         draft = _drawn(step, scene, rng)
+        if any(weight == 1.0 for _, weight in draft.pieces):
+            return draft
+
+
+def practice_mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
+    """The lesson of the second cycle: practice of the hard questions, and everything as before."""
+    while True:
+        draft = practice(scene, rng) if rng.random() < 0.6 else mixture(WARMUP, scene, rng)
         if any(weight == 1.0 for _, weight in draft.pieces):
             return draft
 
