@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="pocket")
-    parser.add_argument("overrides", nargs="*", help="key=value changes to the recipe")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     runs = {
         str(seed): one_seed(arguments.recipe, seed, arguments.out, arguments.overrides)
@@ -43,10 +43,12 @@ def main() -> None:
     record = {
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
-        "command": "python benchmarks/pocket.py --out runs/bench --seeds "
-        + " ".join(map(str, arguments.seeds)),
+        "command": " ".join(
+            ["python benchmarks/pocket.py --out runs/bench --seeds", *map(str, arguments.seeds)]
+            + (["--set", *arguments.overrides] if arguments.overrides else [])
+        ),
         "machine": machine(),
-        "protocol": "held-out scenes, greedy, all items; shuffled = each question with the image "
+        "protocol": "held-out scenes, greedy, n as stated; shuffled = each question with the image "
         "of another scene; length in words",
         "mean": average(list(runs.values())),
         "seeds": runs,
