@@ -40,7 +40,7 @@ def make_backbones(
 ) -> None:
     """Write `pocket-vision` and `pocket-language` to `out`, both trained at the same time.
 
-    Each takes one core; about 25 minutes on two idle cores. `quality.json` in each folder says how
+    Each takes one core, the language model about 40 minutes. `quality.json` in each folder says how
     good it became. When one fails or Ctrl-C is pressed, the other is stopped as well.
     """
     steps = {
