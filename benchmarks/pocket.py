@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="pocket")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--note", default="", help="what a reader of the results must know")
     arguments = parser.parse_args()
     runs = {
         str(seed): one_seed(arguments.recipe, seed, arguments.out, arguments.overrides)
@@ -48,6 +49,7 @@ def main() -> None:
             + (["--set", *arguments.overrides] if arguments.overrides else [])
         ),
         "machine": machine(),
+        "note": arguments.note,
         "protocol": "held-out scenes, greedy, n as stated; shuffled = each question with the image "
         "of another scene; length in words",
         "mean": average(list(runs.values())),
