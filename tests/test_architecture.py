@@ -15,15 +15,15 @@ LEVELS = {
     "core": 0,
     "models": 1,
     "processing": 2,
-    "data": 3,
-    "infer": 3,
     "convert": 3,
-    "train": 4,
-    "serve": 4,
-    "eval": 4,
-    "recipe": 5,
-    "study": 6,
-    "cli": 7,
+    "data": 3,
+    "infer": 4,
+    "train": 5,
+    "serve": 5,
+    "eval": 5,
+    "recipe": 6,
+    "study": 7,
+    "cli": 8,
 }
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
 IDS = [str(path.relative_to(ROOT)) for path in TREES]

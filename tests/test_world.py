@@ -12,6 +12,7 @@ import pytest
 from pumice.core.errors import PumiceError
 from pumice.data.sources import LlavaJson
 from pumice.world import language
+from pumice.world.benchmarks import VQA_PER_IMAGE, _balanced_questions
 from pumice.world.datasets import MIXTURE, make_world
 from pumice.world.scenes import COLORS, SHAPES, SIZE, Scene, random_scene, render
 from pumice.world.vision_backbone import patch_owner
@@ -171,6 +172,28 @@ def test_vqa_files_pair_up_and_held_out_pictures_are_not_in_training(world: Path
     train = {path.read_bytes() for path in (world / "images" / "train").iterdir()}
     held_out = {path.read_bytes() for path in (world / "val2014").iterdir()}
     assert len(train) == IMAGES and len(held_out) == EVAL_IMAGES and not train & held_out
+
+
+def test_vqa_answers_are_balanced_within_each_kind() -> None:
+    scenes = [random_scene(7_000_000 + index) for index in range(120)]
+    rng = random.Random(0)
+
+    def most_frequent(balanced: bool) -> dict[str, float]:
+        told: dict[str, Counter[str]] = {kind: Counter() for kind in language.KINDS}
+        for scene in scenes:
+            if balanced:
+                asked = _balanced_questions(scene, told, rng)
+                assert len({question.text for question in asked}) == len(asked) == VQA_PER_IMAGE
+                continue
+            for question in language.questions(scene, VQA_PER_IMAGE, rng):
+                told[question.kind][question.short] += 1
+        return {kind: max(counts.values()) / counts.total() for kind, counts in told.items()}
+
+    balanced, plain = most_frequent(True), most_frequent(False)
+    for kind in ("exist", "exist_pair", "relation", "compare"):
+        assert balanced[kind] <= 0.54
+    assert balanced["count_by"] <= 0.3 < plain["count_by"]
+    assert sum(balanced.values()) < sum(plain.values())
 
 
 def test_a_world_of_impossible_size_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ from pumice.world.scenes import SHAPES, SIZE, Scene, render
 
 POPE_PER_SIDE = 3
 VQA_PER_IMAGE = 6
+# How many questions of a kind are drawn to ask the one with the rarest answer, and how far over
+# the mean of its kind's answers an answer may come.
+BALANCING_DRAWS = 8
+LARGEST_SHARE = 1.3
 CHOICES_PER_WORLD = 400
 DETAIL_QUESTION = "Provide a detailed description of the given image."
 
@@ -73,8 +77,9 @@ def write_vqa(folder: Path, scenes: list[Scene], seed: int) -> None:
     """VQAv2's questions and annotations; `question_type` is the kind of question."""
     rng = random.Random(f"vqa {seed}")
     questions, annotations = [], []
+    told: dict[str, Counter[str]] = {kind: Counter() for kind in language.KINDS}
     for index, scene in enumerate(scenes):
-        for number, asked in enumerate(language.questions(scene, VQA_PER_IMAGE, rng)):
+        for number, asked in enumerate(_balanced_questions(scene, told, rng)):
             ids = {"image_id": index + 1, "question_id": (index + 1) * 1000 + number}
             questions.append({**ids, "question": asked.text})
             answer_type = "yes/no" if asked.short in ("yes", "no") else "other"
@@ -98,6 +103,32 @@ def write_vqa(folder: Path, scenes: list[Scene], seed: int) -> None:
         folder / "v2_mscoco_val2014_annotations.json",
         json.dumps({**head, "annotations": annotations}),
     )
+
+
+def _balanced_questions(
+    scene: Scene, told: dict[str, Counter[str]], rng: random.Random
+) -> list[language.Question]:
+    """Questions whose answers even out within each kind; `told` counts the answers so far.
+
+    Balanced as VQA v2 was made from VQA v1, so that guessing the usual answer does not pay: of
+    several questions of a kind the one with the rarest answer is asked, and none whose answer is
+    well over its share.
+    """
+    asked: list[language.Question] = []
+    weights = [weight for _, weight in language.KINDS.values()]
+    for kind in rng.choices(tuple(language.KINDS), weights, k=3 * VQA_PER_IMAGE):
+        drawn = [language.ask(scene, kind, rng) for _ in range(BALANCING_DRAWS)]
+        known = {question.text for question in asked}
+        fresh = [question for question in drawn if question and question.text not in known]
+        counts = told[kind]
+        if not fresh or len(asked) == VQA_PER_IMAGE:
+            continue
+        rarest = min(fresh, key=lambda question: counts[question.short])
+        share = counts.total() / max(len(counts), 1)
+        if counts[rarest.short] < LARGEST_SHARE * share + 2:
+            counts[rarest.short] += 1
+            asked.append(rarest)
+    return asked
 
 
 def write_scienceqa(folder: Path, scenes: list[Scene], seed: int) -> None:

@@ -36,7 +36,7 @@ log = get_logger(__name__)
 TEXT_TOKENS = 100
 PEAK_RATE = 1.5e-3
 # The share of the steps that the first cycle takes; the second practises the hard questions.
-FIRST_CYCLE = 0.7
+FIRST_CYCLE = 0.55
 SAVE_EVERY = 1000
 # The pieces of text that end a turn or a statement.
 ENDS = ("</s>", ".")
@@ -140,7 +140,7 @@ def new_model(vocabulary: int, seed: int) -> Any:
 def train_language(
     out: Path,
     *,
-    steps: int = 10000,
+    steps: int = 11000,
     batch_size: int = 16,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,

@@ -17,7 +17,12 @@ PATCHES = GRID * GRID
 WARMUP = 600
 DROPPED_WORDS = 0.06
 QUESTION_WEIGHT = 0.1
-HARD_KINDS = ("relation", "relation", "compare", "choice", "choice", "count_by", "exist_pair")
+# The questions that need two steps, as often as they are practised.
+HARD_KINDS = (
+    "relation", "compare", "compare", "choice", "choice", "choice", "count_by", "count_by",
+    "exist_pair",
+)  # fmt: skip
+DESCRIBE = ("Describe the image in detail.", "What do you see in the image?")
 BRIEFLY = ("Answer briefly.", "Give a short answer.")
 
 
@@ -145,8 +150,7 @@ def dialogue(scene: Scene, rng: random.Random) -> Draft:
 
 def _turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     if rng.random() < 0.12:
-        return [(rng.choice(("Describe the image in detail.", "What do you see in the image?")),
-                 language.description(scene, rng))]  # fmt: skip
+        return [(rng.choice(DESCRIBE), language.description(scene, rng))]
     turns = []
     for question in language.questions(scene, 7, rng):
         draw = rng.random()
@@ -229,6 +233,17 @@ def practice(scene: Scene, rng: random.Random) -> Draft:
     return draft
 
 
+def describing(scene: Scene, rng: random.Random) -> Draft:
+    """A detailed description of the scene: a long text in which things are easily repeated."""
+    draft = Draft(scene)
+    draft.say("USER: ", 0.0)
+    draft.say(None)
+    draft.say(f"\n{rng.choice(DESCRIBE)} ASSISTANT:")
+    draft.say(language.description(scene, rng), 1.0)
+    draft.say("</s>", 1.0)
+    return draft
+
+
 def _steps_towards(question: language.Question, kind: str, scene: Scene) -> list[tuple[str, str]]:
     """The single look-ups whose answers decide the question."""
     if kind == "choice":
@@ -264,7 +279,11 @@ def mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
 def practice_mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
     """The lesson of the second cycle: practice of the hard questions, and everything as before."""
     while True:
-        draft = practice(scene, rng) if rng.random() < 0.6 else mixture(WARMUP, scene, rng)
+        draw = rng.random()
+        if draw < 0.6:
+            draft = practice(scene, rng)
+        else:
+            draft = describing(scene, rng) if draw < 0.7 else mixture(WARMUP, scene, rng)
         if any(weight == 1.0 for _, weight in draft.pieces):
             return draft
 
