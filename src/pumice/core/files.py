@@ -118,8 +118,11 @@ def append_jsonl(path: Path | str, row: dict[str, Any]) -> None:
         writer.write(row)
 
 
-def write_atomic(path: Path | str, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part of it."""
+def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = True) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part of it.
+
+    `sync=False` does not wait for the disk: a power cut may lose what was written.
+    """
     # Through a link, so that the file behind it is replaced and not the link.
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +133,8 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
         with part.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
