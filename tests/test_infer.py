@@ -160,7 +160,7 @@ def test_an_image_is_encoded_once(
     seen: list[int] = []
     encode = LMM.encode_images
     monkeypatch.setattr(
-        LMM, "encode_images", lambda self, x: (seen.append(len(x)), encode(self, x))[1]
+        LMM, "encode_images", lambda lmm, x, *more: (seen.append(len(x)), encode(lmm, x, *more))[1]
     )
     data = (root / "1.png").read_bytes()
     opened = picture(5)

@@ -39,7 +39,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def spec(world: Path, backbones: tuple[Path, Path]) -> StageSpec:
     return StageSpec(
         name="align",
-        vision=backbones[0],
+        vision=(backbones[0],),
         vision_layer=-2,
         vision_select="patch",
         connector="mlp2x_gelu",
@@ -177,7 +177,7 @@ def moved(
         for d in spec.data
     )
     init = None if spec.init is None else out / spec.init.name
-    return dataclasses.replace(spec, vision=vision, language=language, data=data, init=init)
+    return dataclasses.replace(spec, vision=(vision,), language=language, data=data, init=init)
 
 
 def test_finished_and_stopped_stages_are_known_again_elsewhere(
@@ -198,7 +198,7 @@ def test_finished_and_stopped_stages_are_known_again_elsewhere(
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     new = moved(spec, world, backbones, tmp_path / "new", there)
-    relative = dataclasses.replace(new, vision=Path("../new/models/vision"))
+    relative = dataclasses.replace(new, vision=(Path("../new/models/vision"),))
     assert run_stage(relative, Path("../there")).final_loss == align.final_loss
     new_tune = moved(tune, world, backbones, tmp_path / "newer", there)
     assert run_stage(new_tune, there).resumed_from == 3
@@ -218,7 +218,7 @@ def test_other_content_is_refused(
             run_stage(new, out)
         path.write_bytes(before)
     # Another training of the same backbone: a file of the same size.
-    tiny.vision_folder(new.vision, seed=7)
+    tiny.vision_folder(new.vision[0], seed=7)
     with pytest.raises(PumiceError, match="other data or other backbones"):
         run_stage(new, out)
 
@@ -242,7 +242,7 @@ def test_the_record_of_a_stage_holds_no_absolute_path(
     text = (tmp_path / "out" / "align" / "training.json").read_text()
     assert '"/' not in text
     record = json.loads(text)["spec"]
-    assert record["vision"] == f".../{spec.vision.parent.name}/vision"
+    assert record["vision"] == [f".../{spec.vision[0].parent.name}/vision"]
     assert record["data"][0]["path"] == ".../llava/pretrain.json"
     shutil.copytree(spec.data[0].path.parent, tmp_path / "out" / "data" / "llava")
     inside = DataSpec(

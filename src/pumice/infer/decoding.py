@@ -25,8 +25,8 @@ class Row:
     """Its place among the requests of the call."""
     prompt: list[int]
     """Ids, with IMAGE_ID at the placeholders."""
-    features: torch.Tensor | None
-    """float[I, Q, D] of its images; None without images."""
+    features: list[torch.Tensor]
+    """float[Qi, D] of each of its images."""
     sampler: Sampler
     answer: Answer
 
@@ -72,19 +72,22 @@ class Decoding:
     @torch.inference_mode()
     def _prefill(self) -> torch.Tensor:
         """() -> float[B, V] at the last position of every prompt."""
-        given = [row.features for row in self.rows if row.features is not None]
-        features = torch.cat(given) if given else None
+        features = [image for row in self.rows for image in row.features]
         columns = torch.arange(self._width, device=self._ids.device)
         padding = torch.tensor(self._padding, device=self._ids.device).unsqueeze(1)
         keep = torch.zeros_like(self._ids, dtype=torch.bool)
         keep[:, -1] = True
-        logits: torch.Tensor = self._lmm.language(
-            self._lmm.embed(self._ids, features),
-            position_ids=(columns - padding).clamp(min=0),
-            attention_mask=self._mask,
-            cache=self._cache,
-            keep=keep,
-        )
+        self._media = self._lmm.media(self._ids, features)
+        with self._lmm.looking_at(self._media):
+            logits: torch.Tensor = self._lmm.language(
+                self._lmm.embed(self._ids, features),
+                position_ids=(columns - padding).clamp(min=0),
+                attention_mask=self._mask,
+                cache=self._cache,
+                keep=keep,
+            )
+        # The tokens to come look where the last one of the prompt looks.
+        self._media = self._media and self._media.after()
         return logits
 
     @torch.inference_mode()
@@ -95,12 +98,13 @@ class Decoding:
         self._width += 1
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
-        logits: torch.Tensor = language(
-            language.embed(ids),
-            position_ids=self._positions,
-            attention_mask=self._mask,
-            cache=self._cache,
-        )
+        with self._lmm.looking_at(self._media):
+            logits: torch.Tensor = language(
+                language.embed(ids),
+                position_ids=self._positions,
+                attention_mask=self._mask,
+                cache=self._cache,
+            )
         self._positions = self._positions + 1
         return logits[:, -1]
 
@@ -114,6 +118,7 @@ class Decoding:
         self._width -= spare
         rows = torch.tensor(stay, device=self._positions.device)
         self._cache.select(rows, spare)
+        self._media = self._media and self._media.select(rows)
         self._positions = self._positions[rows]
         self._mask = self._real_columns(self._width)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pumice.core.errors import PumiceError
-from pumice.core.types import ImagePart, Message, Request, Result
+from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
 from pumice.infer.decoding import Decoding, Row
-from pumice.infer.features import ImageFeatures
+from pumice.infer.features import ImageFeatures, Shown
 from pumice.infer.sampling import Sampler, check_sampling
 from pumice.models.constants import IMAGE_ID
 from pumice.models.lmm import LMM
@@ -33,7 +33,7 @@ class _Prepared:
     index: int
     request: Request
     ids: list[int]
-    images: list[ImagePart]
+    images: list[Shown]
 
     @property
     def where(self) -> str:
@@ -152,7 +152,9 @@ class Engine:
                 f"text, or give fewer images."
             )
         images = [image for message in request.messages for image in message.images]
-        return _Prepared(index, request, encoded.input_ids, images)
+        asked = encoded.instructions or [[]] * len(images)
+        shown = [Shown(image, tuple(ids)) for image, ids in zip(images, asked, strict=True)]
+        return _Prepared(index, request, encoded.input_ids, shown)
 
     def _row(self, prepared: _Prepared, features: ImageFeatures) -> Row:
         sampling = prepared.request.sampling
@@ -175,8 +177,10 @@ class Engine:
 
 def _check_pair(lmm: LMM, processor: Processor) -> None:
     pairs = (
-        ("image tokens per image", processor.image_tokens, lmm.image_tokens),
-        ("pixels of an image's side", processor.image_spec.size, lmm.vision.image_size),
+        ("image tokens of a view", processor.image_tokens, lmm.image_tokens),
+        ("pixels of a view's side", processor.image_spec.size, lmm.vision.image_size),
+        ("tiling", processor.image_spec.tiling, lmm.tiling),
+        ("instruction read", processor.instruction is not None, lmm.connector.wants_instruction),
     )
     for what, given, wanted in pairs:
         if given != wanted:

@@ -1,13 +1,15 @@
 """Image features of one call: an image that several requests show is encoded once.
 
-Shapes: I images, S side of the pixel square, Q image tokens of one image, D model width.
+A connector that reads the question gives other features for another question, so there the
+question belongs to what is remembered. Shapes: Qi features of an image, D model width.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +17,36 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.core.types import ImagePart
+from pumice.models.connectors import Instruction
+from pumice.models.fusion import Features
 from pumice.models.lmm import LMM
+from pumice.processing.collate import pad_instructions
 
 if TYPE_CHECKING:
     from pumice.processing.processor import Processor
 
 # What may be kept of images that later requests of the same call may show again.
 _KEPT_BYTES = 512 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An image in a request, and the ids of what is asked of it (for connectors that read it)."""
+
+    image: ImagePart
+    instruction: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """Equal for what has equal features."""
+        return _key(self.image), self.instruction
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    views: torch.Tensor
+    size: tuple[int, int]
+    instruction: tuple[int, ...]
 
 
 class ImageFeatures:
@@ -31,47 +56,71 @@ class ImageFeatures:
         self._lmm = lmm
         self._processor = processor
         self._batch = batch
-        self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[str, tuple[int, ...]], torch.Tensor] = OrderedDict()
         self._bytes = 0
 
     @torch.inference_mode()
-    def encode(self, groups: Sequence[tuple[str, Sequence[ImagePart]]]) -> list[str | None]:
+    def encode(self, groups: Sequence[tuple[str, Sequence[Shown]]]) -> list[str | None]:
         """Groups of (where, images) -> what went wrong with each group; afterwards `of` has them.
 
         Every `groups` of one call stays; what earlier calls left goes first when memory is short.
         """
         self._forget()
-        wanted: dict[str, torch.Tensor] = {}
+        wanted: dict[tuple[str, tuple[int, ...]], _Opened] = {}
         errors: list[str | None] = []
         for where, images in groups:
             try:
-                for image in images:
-                    self._want(image, where, wanted)
+                for shown in images:
+                    self._want(shown, where, wanted)
             except PumiceError as error:
                 errors.append(str(error))
             else:
                 errors.append(None)
-        keys = list(wanted)
-        for start in range(0, len(keys), self._batch):
-            part = keys[start : start + self._batch]
-            pixels = torch.stack([wanted[key] for key in part]).to(self._lmm.device)
-            for key, encoded in zip(part, self._lmm.encode_images(pixels), strict=True):
-                self._known[key] = encoded
-                self._bytes += encoded.numel() * encoded.element_size()
+        for keys in self._batches(wanted):
+            encoded = self._encode([wanted[key] for key in keys])
+            for key, features in zip(keys, encoded, strict=True):
+                self._known[key] = features
+                self._bytes += features.numel() * features.element_size()
         return errors
 
-    def of(self, images: Sequence[ImagePart]) -> torch.Tensor | None:
-        """Images already encoded -> float[I, Q, D]; None without images."""
-        if not images:
-            return None
-        return torch.stack([self._known[_key(image)] for image in images])
+    def of(self, images: Sequence[Shown]) -> list[torch.Tensor]:
+        """Images already encoded -> float[Qi, D] of each."""
+        return [self._known[shown.key] for shown in images]
 
-    def _want(self, image: ImagePart, where: str, wanted: dict[str, torch.Tensor]) -> None:
-        key = _key(image)
-        if key in self._known:
-            self._known.move_to_end(key)
-        elif key not in wanted:
-            wanted[key] = self._processor.load_image(image, where)
+    def _want(
+        self,
+        shown: Shown,
+        where: str,
+        wanted: dict[tuple[str, tuple[int, ...]], _Opened],
+    ) -> None:
+        if shown.key in self._known:
+            self._known.move_to_end(shown.key)
+        elif shown.key not in wanted:
+            views, size = self._processor.load_image(shown.image, where)
+            wanted[shown.key] = _Opened(views, size, shown.instruction)
+
+    def _batches(
+        self, wanted: dict[tuple[str, tuple[int, ...]], _Opened]
+    ) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+        """Keys in groups of about as many views as a batch has rows; an image stays whole."""
+        group: list[tuple[str, tuple[int, ...]]] = []
+        views = 0
+        for key, opened in wanted.items():
+            if group and views + len(opened.views) > self._batch:
+                yield group
+                group, views = [], 0
+            group.append(key)
+            views += len(opened.views)
+        if group:
+            yield group
+
+    def _encode(self, images: Sequence[_Opened]) -> Features:
+        pixels = torch.cat([image.views for image in images]).to(self._lmm.device)
+        instruction = None
+        if self._processor.instruction is not None:
+            padded = pad_instructions([image.instruction for image in images])
+            instruction = padded and Instruction(*(p.to(self._lmm.device) for p in padded))
+        return self._lmm.encode_images(pixels, [image.size for image in images], instruction)
 
     def _forget(self) -> None:
         while self._bytes > _KEPT_BYTES:

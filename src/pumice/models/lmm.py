@@ -1,13 +1,16 @@
-"""The one model class: vision backbone, connector and language model.
+"""The one model class: vision backbone, connector and language model, whatever their families.
 
-Shapes: N images or tiles, Q image tokens of one image, B batch, T positions, D model width,
+A view is one picture that goes through the vision backbone; an image has one, or (tiled) several.
+Shapes: N views, I images, P patches and Q tokens of one view, B batch, T positions, D model width,
 V vocabulary, K kept positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,12 +18,15 @@ from torch.nn import functional as F
 
 from pumice.core.errors import PumiceError
 from pumice.models.config import LMMConfig
-from pumice.models.connectors import build_connector
+from pumice.models.connectors import Connector, Instruction, build_connector
 from pumice.models.constants import IGNORE, IMAGE_ID
-from pumice.models.fusion import fuse
+from pumice.models.cross_attention import Media, build_cross_attention, by_row, media_for
+from pumice.models.fusion import Features, fuse
 from pumice.models.language import LanguageModel
 from pumice.models.pretrained import config_from_dict, config_to_dict
+from pumice.models.tiling import ImagePlan, TilingSpec, merge_views, picture_mask, plan_image
 from pumice.models.vision import Select, VisionBackbone
+from pumice.models.vision_pair import VisionPair
 
 
 class TrainingBatch(Protocol):
@@ -40,73 +46,109 @@ class TrainingBatch(Protocol):
 
     @property
     def pixel_values(self) -> torch.Tensor:
-        """float[N, 3, H, W]."""
+        """float[N, 3, H, W], every view of every image."""
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each image."""
+
+    @property
+    def instruction(self) -> Instruction | None:
+        """What is asked of each image, for connectors that read it."""
 
 
 class LMM(nn.Module):
     """A large multimodal model; every part may be frozen or trained on its own."""
 
     def __init__(
-        self, vision: VisionBackbone, connector: nn.Module, language: LanguageModel, name: str
+        self,
+        vision: VisionBackbone | VisionPair,
+        connector: Connector,
+        language: LanguageModel,
+        name: str,
+        tiling: TilingSpec | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.connector = connector
         self.language = language
         self.connector_name = name
+        self.tiling = tiling
+        self.cross_attention = build_cross_attention(connector, language)
+        self.row_end: nn.Parameter | None = None
+        if tiling is not None and self.cross_attention is None:
+            # LLaVA-NeXT's image_newline, and its start (llava_arch.py: randn / sqrt(D)).
+            width = language.hidden_size
+            self.row_end = nn.Parameter(torch.randn(width) / width**0.5)
 
     @classmethod
     def from_backbones(
         cls,
-        vision_folder: Path | str,
+        vision_folder: Path | str | Sequence[Path | str],
         language_folder: Path | str,
         connector: str,
         layer: int,
         select: Select,
         *,
+        norm: bool = False,
+        options: dict[str, Any] | None = None,
+        tiling: TilingSpec | None = None,
         attention: str | None = None,
     ) -> LMM:
         """Pre-trained backbones out of Hugging Face folders, and a new connector between them."""
-        vision = VisionBackbone.from_folder(vision_folder, layer, select, attention=attention)
+        vision = VisionBackbone.from_folder(
+            vision_folder, layer, select, norm=norm, attention=attention
+        )
         language = LanguageModel.from_folder(language_folder, attention=attention)
-        return cls(vision, _connector(connector, vision, language), language, connector)
+        built = _connector(connector, vision, language, options)
+        return cls(vision, built, language, connector, tiling)
 
     @classmethod
     def from_config(
         cls, config: LMMConfig, *, attention: str | None = None, init: bool = True
     ) -> LMM:
         """A new model of this architecture; `init=False` leaves the weights to be filled in."""
-        vision = VisionBackbone(
-            config_from_dict(config.vision, part="vision backbone"),
+        vision = VisionBackbone.build(
+            config.vision,
             config.vision_layer,
             config.vision_select,
+            norm=config.vision_norm,
             attention=attention,
             init=init,
         )
         language = LanguageModel.from_config(
             config_from_dict(config.language, part="language model"), attention=attention, init=init
         )
-        return cls(
-            vision, _connector(config.connector, vision, language), language, config.connector
-        )
+        connector = _connector(config.connector, vision, language, config.connector_options)
+        tiling = TilingSpec.from_dict(config.tiling) if config.tiling is not None else None
+        return cls(vision, connector, language, config.connector, tiling)
 
     @property
     def config(self) -> LMMConfig:
         """The architecture as data."""
         return LMMConfig(
-            vision=config_to_dict(self.vision.config),
+            vision=self.vision.config_data,
             vision_layer=self.vision.layer,
             vision_select=self.vision.select,
+            vision_norm=self.vision.norm,
             connector=self.connector_name,
+            connector_options=dict(self.connector.options),
+            tiling=self.tiling.to_dict() if self.tiling is not None else None,
             language=config_to_dict(self.language.config),
         )
 
     @property
     def image_tokens(self) -> int:
-        """Q, the positions one image takes up in the language model."""
-        tokens = self.connector.num_tokens
-        assert isinstance(tokens, int)
-        return tokens
+        """Q, the positions one view of an image takes up in the language model.
+
+        With gated cross-attention the features stay outside, and one position marks an image.
+        """
+        return 1 if self.cross_attention is not None else self.connector.num_tokens
+
+    @property
+    def view_side(self) -> int | None:
+        """The side of the square in which the tokens of a view stand; None when they have none."""
+        return self.connector.side
 
     @property
     def device(self) -> torch.device:
@@ -118,44 +160,142 @@ class LMM(nn.Module):
         """The type of the language model's weights."""
         return self.language.token_embeddings.dtype
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """float[N, 3, H, W] -> float[N, Q, D]; a frozen vision backbone keeps no graph."""
+    def part(self, name: str) -> nn.Module:
+        """One of `vision`, `connector` and `language`, as a stage freezes or trains it.
+
+        The row ends of tiled images and gated cross-attention belong to the connector.
+        """
+        if name != "connector":
+            part: nn.Module = getattr(self, name)
+            return part
+        more: list[nn.Module] = []
+        if self.row_end is not None:
+            more.append(nn.ParameterList([self.row_end]))
+        if self.cross_attention is not None:
+            more.append(self.cross_attention)
+        return nn.ModuleList([self.connector, *more]) if more else self.connector
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        instruction: Instruction | None = None,
+    ) -> Features:
+        """float[N, 3, H, W], every view of I images -> float[I, Q, D], or I times float[Qi, D].
+
+        Tiled images need their sizes, width and height. A frozen vision backbone keeps no graph.
+        """
+        if self.tiling is None:
+            return self._encode_views(pixel_values, None, instruction)
+        plans = self._plans(image_sizes, len(pixel_values))
+        views = torch.tensor([plan.views for plan in plans], device=pixel_values.device)
+        if instruction is not None:
+            instruction = Instruction(*(part.repeat_interleave(views, 0) for part in instruction))
+        masks = self._picture_masks(plans).to(pixel_values.device)
+        encoded = self._encode_views(pixel_values, masks, instruction).split(views.tolist())
+        if self.row_end is None:
+            return [part.flatten(0, 1) for part in encoded]
+        return [
+            merge_views(part, plan, self.row_end) for part, plan in zip(encoded, plans, strict=True)
+        ]
+
+    def _encode_views(
+        self,
+        pixel_values: torch.Tensor,
+        mask: torch.Tensor | None,
+        instruction: Instruction | None,
+    ) -> torch.Tensor:
+        """float[N, 3, H, W], bool[N, P] -> float[N, Q, D]."""
         weight = next(self.vision.parameters())
-        features: torch.Tensor = self.connector(self.vision(pixel_values.to(weight.dtype)))
+        patches = self.vision(pixel_values.to(weight.dtype))
+        features: torch.Tensor = self.connector(patches, mask=mask, instruction=instruction)
         return features
 
-    def embed(self, input_ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
-        """long[B, T] with IMAGE_ID at placeholders, float[I, Q, D] -> float[B, T, D]."""
+    def _picture_masks(self, plans: Sequence[ImagePlan]) -> torch.Tensor:
+        """I plans -> bool[N, P]: which features of each view show some of the picture."""
+        side = self.vision.image_size // self.vision.patch_size
+        masks = torch.cat([picture_mask(plan, side) for plan in plans])
+        prefix = self.vision.num_tokens - masks.shape[1]
+        return F.pad(masks, (prefix, 0), value=True)
+
+    def _plans(self, sizes: Sequence[tuple[int, int]] | None, views: int) -> list[ImagePlan]:
+        assert self.tiling is not None
+        if sizes is None:
+            raise PumiceError(
+                f"{views} views of tiled images are given without the sizes of the images. Pass "
+                f"image_sizes, width and height of each image in order."
+            )
+        plans = [
+            plan_image(size, self.tiling, self.view_side, self.connector.num_tokens)
+            for size in sizes
+        ]
+        planned = sum(plan.views for plan in plans)
+        if planned != views:
+            raise PumiceError(
+                f"{len(plans)} images of sizes {list(sizes)[:4]} make {planned} views, and {views} "
+                f"are given; both must be equal. Prepare the images with the processor of this "
+                f"model."
+            )
+        return plans
+
+    def embed(self, input_ids: torch.Tensor, features: Features | None) -> torch.Tensor:
+        """long[B, T] with IMAGE_ID at placeholders, features -> float[B, T, D]."""
         is_image = input_ids == IMAGE_ID
-        return fuse(self.language.embed(input_ids.masked_fill(is_image, 0)), is_image, features)
+        text = self.language.embed(input_ids.masked_fill(is_image, 0))
+        if self.cross_attention is not None:
+            return self.cross_attention.mark(text, is_image)
+        return fuse(text, is_image, features)
+
+    def media(
+        self,
+        input_ids: torch.Tensor,
+        features: Features | None,
+        position_ids: torch.Tensor | None = None,
+    ) -> Media | None:
+        """What gated layers look at; None without such layers or without images.
+
+        long[B, T] with one IMAGE_ID an image, features of all images in reading order;
+        `position_ids`, long[B, T], that restart at 0 begin a new document.
+        """
+        if self.cross_attention is None:
+            return None
+        return media_for(input_ids, by_row(input_ids, features), position_ids)
+
+    def looking_at(self, media: Media | None) -> AbstractContextManager[None]:
+        """While it lasts, the gated layers of the language model see these images."""
+        return nullcontext() if self.cross_attention is None else self.cross_attention.using(media)
 
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        features: Features | None = None,
         keep: torch.Tensor | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        instruction: Instruction | None = None,
     ) -> torch.Tensor:
-        """long[B, T] (+ float[N, 3, H, W] or float[I, Q, D]) -> float[B, T, V] or float[K, V].
+        """long[B, T] and images -> float[B, T, V] or float[K, V].
 
-        Images come as pixels or as features already encoded. `keep`, bool[B, T], selects the
+        Images come as pixels, float[N, 3, H, W] (with sizes when tiled, with instructions when the
+        connector reads them), or as features already encoded. `keep`, bool[B, T], selects the
         positions whose logits are wanted. Padding stands on the right.
         """
         if features is None and pixel_values is not None and len(pixel_values):
-            features = self.encode_images(pixel_values)
-        logits: torch.Tensor = self.language(
-            self.embed(input_ids, features), position_ids=position_ids, keep=keep
-        )
+            features = self.encode_images(pixel_values, image_sizes, instruction)
+        with self.looking_at(self.media(input_ids, features, position_ids)):
+            logits: torch.Tensor = self.language(
+                self.embed(input_ids, features), position_ids=position_ids, keep=keep
+            )
         return logits
 
     def loss(
-        self, batch: TrainingBatch, features: torch.Tensor | None = None
+        self, batch: TrainingBatch, features: Features | None = None
     ) -> tuple[torch.Tensor, int]:
         """Batch -> (float[] sum of the cross entropy over supervised tokens, their number).
 
-        The sum, so that the caller may normalise over micro-batches and processes. `features`,
-        float[I, Q, D], replaces the encoding of the batch's pixels.
+        The sum, so that the caller may normalise over micro-batches and processes. `features`
+        replace the encoding of the batch's pixels.
         """
         targets = batch.labels[:, 1:]
         supervised = targets != IGNORE
@@ -167,6 +307,8 @@ class LMM(nn.Module):
             pixel_values=batch.pixel_values,
             features=features,
             keep=keep,
+            image_sizes=batch.image_sizes,
+            instruction=batch.instruction,
         )
         wanted = targets[supervised]
         return F.cross_entropy(logits.float(), wanted, reduction="sum"), len(wanted)
@@ -178,13 +320,21 @@ class LMM(nn.Module):
         Afterwards its outputs are on average as long as token embeddings, so that a new connector
         starts in the range the language model knows.
         """
+        if self.cross_attention is not None:
+            return 1.0  # its latents are no tokens, and its gates begin at zero
         linears = [m for m in self.connector.modules() if isinstance(m, nn.Linear)]
         if not linears:
             raise PumiceError(
                 f"connector {self.connector_name!r} has no linear layer to scale; start it without "
                 f"matching the scale."
             )
-        norm = self.encode_images(pixel_values).float().norm(dim=-1).mean()
+        asked = None
+        if self.connector.wants_instruction:
+            nothing = torch.zeros(
+                len(pixel_values), 0, dtype=torch.long, device=pixel_values.device
+            )
+            asked = Instruction(nothing, nothing.bool())
+        norm = self._encode_views(pixel_values, None, asked).float().norm(dim=-1).mean()
         factor = float(self.language.token_embeddings.float().norm(dim=-1).mean() / norm)
         linears[-1].weight.mul_(factor)
         if linears[-1].bias is not None:
@@ -192,5 +342,17 @@ class LMM(nn.Module):
         return factor
 
 
-def _connector(name: str, vision: VisionBackbone, language: LanguageModel) -> nn.Module:
-    return build_connector(name, vision.hidden_size, language.hidden_size, vision.num_tokens)
+def _connector(
+    name: str,
+    vision: VisionBackbone | VisionPair,
+    language: LanguageModel,
+    options: dict[str, Any] | None,
+) -> Connector:
+    return build_connector(
+        name,
+        vision.hidden_size,
+        language.hidden_size,
+        vision.num_tokens,
+        options,
+        vocab_size=language.vocab_size,
+    )

@@ -1,6 +1,7 @@
 """Encoded conversations to one padded batch.
 
-Shapes: B = conversations, T = tokens of the longest, N = image squares, I = images, S = their side.
+Shapes: B = conversations, T = tokens of the longest, N = views, S = their side, I = images, L =
+tokens of the longest instruction.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pumice.core.errors import PumiceError
+from pumice.models.connectors import Instruction
 from pumice.models.constants import IGNORE
 from pumice.processing.processor import Encoded
 
@@ -21,7 +23,8 @@ class Batch:
 
     `position_ids` restart at each document, and the padding is a document of its own: behind the
     conversation and never learnt, it needs no attention mask in training. `grids` are the tiles of
-    each image (columns, rows).
+    each image (columns, rows) and `image_sizes` its width and height. `instruction` is what is
+    asked of each image, None where the connector does not read it.
     """
 
     input_ids: torch.Tensor  # long[B, T]
@@ -31,6 +34,8 @@ class Batch:
     grids: torch.Tensor  # long[I, 2]
     lengths: torch.Tensor  # long[B]
     sample_ids: list[str]
+    image_sizes: list[tuple[int, int]]
+    instruction: Instruction | None = None  # long[I, L], bool[I, L]
 
     @property
     def num_supervised(self) -> int:
@@ -39,8 +44,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
+        asked = self.instruction
         return replace(
             self,
+            instruction=asked and Instruction(*(part.to(device) for part in asked)),
             **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS},
         )
 
@@ -70,7 +77,24 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         labels=labels,
         position_ids=position_ids,
         pixel_values=torch.cat([one.pixel_values for one in encoded]),
-        grids=torch.ones(sum(one.num_images for one in encoded), 2, dtype=torch.long),
+        grids=torch.tensor(
+            [grid for one in encoded for grid in one.grids], dtype=torch.long
+        ).reshape(-1, 2),
         lengths=torch.tensor(lengths, dtype=torch.long),
         sample_ids=[one.sample_id for one in encoded],
+        image_sizes=[size for one in encoded for size in one.image_sizes],
+        instruction=pad_instructions([ids for one in encoded for ids in one.instructions]),
     )
+
+
+def pad_instructions(instructions: Sequence[Sequence[int]]) -> Instruction | None:
+    """The ids of I instructions -> long[I, L] and bool[I, L]; None without any."""
+    if not instructions:
+        return None
+    longest = max(len(ids) for ids in instructions)
+    ids = torch.zeros(len(instructions), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, given in enumerate(instructions):
+        ids[row, : len(given)] = torch.tensor(given, dtype=torch.long)
+        mask[row, : len(given)] = True
+    return Instruction(ids, mask)

@@ -7,7 +7,7 @@ canvas would take gigabytes go another way, see `LONGEST_SIDE`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.core.registry import suggest
+from pumice.models.tiling import TilingSpec
 
 Mode = Literal["pad", "crop", "resize"]
 Resample = Literal["bicubic", "bilinear", "lanczos"]
@@ -38,7 +39,10 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How pictures become tensors. `pad_color` None is the mean colour, as in LLaVA-1.5."""
+    """How pictures become tensors. `pad_color` None is the mean colour, as in LLaVA-1.5.
+
+    With `tiling` a picture is cut into tiles, and `mode` makes the view of the whole beside them.
+    """
 
     mode: Mode
     size: int
@@ -46,6 +50,7 @@ class ImageSpec:
     std: Triple = CLIP_STD
     pad_color: tuple[int, int, int] | None = None
     resample: Resample = "bicubic"
+    tiling: TilingSpec | None = None
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, get_args(Mode))
@@ -73,10 +78,10 @@ class ImageSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` reads them back."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-        }
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.tiling is not None:
+            values["tiling"] = self.tiling.to_dict()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageSpec:
@@ -96,6 +101,8 @@ class ImageSpec:
         settings: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        if settings.get("tiling") is not None:
+            settings["tiling"] = TilingSpec.from_dict(settings["tiling"])
         return cls(**settings)
 
 

@@ -4,33 +4,40 @@ Ids and labels are built together, segment by segment, and never found again in 
 holds is therefore always the beginning of what was trained on. An image is a run of `IMAGE_ID`,
 which is outside every vocabulary: no text can forge one.
 
-Shapes: N = images, S = side of the pixel square.
+Shapes: N = views of all images (an image that is not tiled has one), S = side of a view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from pumice.core.errors import DataError, PumiceError
-from pumice.core.files import read_json, write_json
-from pumice.core.images import open_image
+from pumice.core.files import write_json
+from pumice.core.images import image_size, open_image
 from pumice.core.types import ImagePart, Message, Sample
 from pumice.models.constants import IGNORE, IMAGE_ID
+from pumice.models.tiling import ImagePlan, plan_image
 from pumice.processing.images import ImageSpec, preprocess
+from pumice.processing.processor_file import (
+    FORMAT,
+    INSTRUCTION_FOLDER,
+    PROCESSOR_FILE,
+    VERSION,
+    read_instruction,
+    read_processor_file,
+)
 from pumice.processing.templates import BOS, EOS, TEMPLATES, Segment, Template, Token
 from pumice.processing.text_encoder import TextEncoder
+from pumice.processing.tiles import cut_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROCESSOR_FILE = "processor.json"
-FORMAT, VERSION = "pumice-processor", 1
-_FIELDS = ("format", "version", "template", "system", "image", "image_tokens", "check")
 # Marks, spaces, line breaks, several scripts, and spellings of special tokens.
 _CHECK_TEXT = " Yes:  a cat,\n\n3.14 naïve 猫 고양이 😀 </s> <image>"
 
@@ -40,7 +47,9 @@ class Encoded:
     """One conversation ready for a batch: `pixel_values` float[N, 3, S, S], lists of one length.
 
     `labels` hold the id itself where it is learnt and IGNORE elsewhere; `input_ids` hold IMAGE_ID
-    once for every image token.
+    once for every image token. `image_sizes` are width and height of each upright image and
+    `grids` its tiles (columns, rows), both empty where images were not opened and need not be.
+    `instructions` are the ids of what is asked of each image, for connectors that read it.
     """
 
     input_ids: list[int]
@@ -48,6 +57,9 @@ class Encoded:
     pixel_values: torch.Tensor
     num_images: int
     sample_id: str = ""
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    grids: list[tuple[int, int]] = field(default_factory=list)
+    instructions: list[list[int]] = field(default_factory=list)
 
     @property
     def num_supervised(self) -> int:
@@ -59,7 +71,11 @@ class Processor:
     """Encodes conversations for one tokenizer, image preparation and template.
 
     `system` None is the template's own system text and "" none. A template that keeps images alone
-    (`plain`) has no place for a system text and leaves it out.
+    (`plain`) has no place for a system text and leaves it out. `image_tokens` are those of one
+    view, and `view_side` the side of the square they stand in (None: learnt queries, no square).
+    With `image_mark` one position stands for an image, however many views it has (gated
+    cross-attention). `instruction` says which tokenizer reads what is asked of an image: "language"
+    for this one, or another tokenizer; None for connectors that do not read it.
     """
 
     def __init__(
@@ -70,6 +86,9 @@ class Processor:
         system: str | None,
         image_tokens: int,
         *,
+        view_side: int | None = None,
+        image_mark: bool = False,
+        instruction: PreTrainedTokenizerFast | Literal["language"] | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> None:
         if image_tokens < 1:
@@ -82,6 +101,9 @@ class Processor:
         self.template = TEMPLATES[template] if isinstance(template, str) else template
         self.system = system
         self.image_tokens = image_tokens
+        self.view_side = view_side
+        self.image_mark = image_mark
+        self.instruction = instruction
         self._text = text_encoder or TextEncoder(tokenizer)
         self._token_ids = self._find_tokens()
 
@@ -111,6 +133,9 @@ class Processor:
             template,
             system,
             self.image_tokens,
+            view_side=self.view_side,
+            image_mark=self.image_mark,
+            instruction=self.instruction,
             text_encoder=self._text,
         )
 
@@ -145,9 +170,36 @@ class Processor:
         encoded.labels = [IGNORE] * len(encoded.input_ids)
         return encoded
 
-    def load_image(self, image: ImagePart, where: str = "") -> torch.Tensor:
-        """One image opened and prepared -> float[3, S, S]."""
-        return preprocess(open_image(image.image, where=where), self.image_spec)
+    def load_image(self, image: ImagePart, where: str = "") -> tuple[torch.Tensor, tuple[int, int]]:
+        """One image opened and prepared -> float[V, 3, S, S], its views, and width and height."""
+        opened = open_image(image.image, where=where)
+        plan = self.plan(opened.size)
+        if plan is None:
+            return preprocess(opened, self.image_spec).unsqueeze(0), opened.size
+        return cut_views(opened, plan, self.image_spec), opened.size
+
+    def plan(self, size: tuple[int, int]) -> ImagePlan | None:
+        """How an image of this width and height is tiled; None without tiling."""
+        tiling = self.image_spec.tiling
+        if tiling is None:
+            return None
+        return plan_image(size, tiling, self.view_side, self.image_tokens)
+
+    def instruction_ids(self, text: str, where: str = "") -> list[int]:
+        """The ids of what is asked of an image, as the connector reads them; [] if it does not."""
+        if self.instruction is None or not self.template.user_text:
+            return []
+        text = text.strip()
+        if self.instruction == "language":
+            return self._text.start(text, where) if text else []
+        ids: list[int] = self.instruction(text).input_ids
+        limit = self.instruction.model_max_length
+        if len(ids) > limit:
+            raise DataError(
+                f"{where}: the question about the image has {len(ids)} tokens for the connector, "
+                f"which reads at most {limit}; nothing is cut off. Shorten it."
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids without special tokens; image positions leave no trace."""
@@ -170,6 +222,9 @@ class Processor:
             "system": self.system,
             "image": self.image_spec.to_dict(),
             "image_tokens": self.image_tokens,
+            "view_side": self.view_side,
+            "image_mark": self.image_mark,
+            "instruction": self._save_instruction(directory),
             "check": {"text": _CHECK_TEXT, "ids": self._read_check(_CHECK_TEXT)},
         }
         write_json(directory / PROCESSOR_FILE, data)
@@ -180,7 +235,7 @@ class Processor:
         from transformers import PreTrainedTokenizerFast
 
         directory = Path(directory)
-        data = _read_processor_file(directory)
+        data = read_processor_file(directory)
         if not (directory / "tokenizer.json").is_file():
             raise PumiceError(
                 f"{directory} holds no tokenizer.json; the tokenizer files belong beside "
@@ -193,6 +248,9 @@ class Processor:
             Template.from_dict(data["template"]),
             data["system"],
             data["image_tokens"],
+            view_side=data["view_side"],
+            image_mark=data["image_mark"],
+            instruction=read_instruction(directory, data["instruction"]),
         )
         given = processor._read_check(data["check"]["text"])
         if given != data["check"]["ids"]:
@@ -203,6 +261,12 @@ class Processor:
                 "of transformers and tokenizers that saved them."
             )
         return processor
+
+    def _save_instruction(self, directory: Path) -> str | None:
+        if self.instruction is None or isinstance(self.instruction, str):
+            return self.instruction
+        self.instruction.save_pretrained(directory / INSTRUCTION_FOLDER)
+        return INSTRUCTION_FOLDER
 
     def _read_check(self, text: str) -> list[int]:
         return self._text.start(text) + self._text.after_token(text.strip())
@@ -219,24 +283,63 @@ class Processor:
         segments = self.template.segments(
             messages, open_turn=open_turn, system=self.system, where=where
         )
-        ids, labels = self._assemble(segments, where)
         images = [segment.image for segment in segments if segment.image is not None]
+        views, sizes = self._views(images, where) if pixels else ([], self._sizes(images, where))
+        plans = [self.plan(size) for size in sizes]
+        counts = [self._count(plan) for plan in plans] or [self.image_tokens] * len(images)
+        ids, labels = self._assemble(segments, counts, where)
         if max_tokens is not None and len(ids) > max_tokens:
             raise DataError(
-                f"{where} has {len(ids)} tokens ({len(images) * self.image_tokens} of them for "
+                f"{where} has {len(ids)} tokens ({sum(counts)} of them for "
                 f"{len(images)} images); at most {max_tokens} are allowed and nothing is cut off. "
                 "Shorten it, raise max_tokens, or take it out of the data."
             )
-        return Encoded(ids, labels, self._pixels(images if pixels else [], where), len(images))
+        side = self.image_spec.size
+        return Encoded(
+            ids,
+            labels,
+            torch.cat(views) if views else torch.empty(0, 3, side, side),
+            len(images),
+            image_sizes=sizes,
+            grids=[plan.grid if plan else (1, 1) for plan in plans],
+            instructions=self._instructions(messages, where),
+        )
 
-    def _assemble(self, segments: Sequence[Segment], where: str) -> tuple[list[int], list[int]]:
+    def _count(self, plan: ImagePlan | None) -> int:
+        """The positions of one image in the text."""
+        return self.image_tokens if plan is None or self.image_mark else plan.tokens.total
+
+    def _sizes(self, images: Sequence[ImagePart], where: str) -> list[tuple[int, int]]:
+        """Width and height of images that stay unopened; none are needed without tiling."""
+        if self.image_spec.tiling is None:
+            return []
+        return [image_size(image.image, where=where) for image in images]
+
+    def _instructions(self, messages: Sequence[Message], where: str) -> list[list[int]]:
+        if self.instruction is None:
+            return []
+        return [
+            self.instruction_ids(message.text, where)
+            for message in messages
+            for _ in message.images
+        ]
+
+    def _assemble(
+        self, segments: Sequence[Segment], counts: Sequence[int], where: str
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels; `counts` are the positions of each image."""
+        places = iter(counts)
         ids: list[int] = []
         labels: list[int] = []
         last: Segment | None = None
         for segment in segments:
             if segment.kind == "token" and Token(segment.text) not in self._token_ids:
                 continue  # BOS of a tokenizer that has none
-            piece = self._piece(segment, last, where)
+            piece = (
+                [IMAGE_ID] * next(places)
+                if segment.kind == "image"
+                else self._piece(segment, last, where)
+            )
             if segment.learn and not piece:
                 raise DataError(
                     f"{where}: the answer {segment.text[:60]!r} has no tokens under this "
@@ -244,13 +347,13 @@ class Processor:
                 )
             ids += piece
             labels += piece if segment.learn else [IGNORE] * len(piece)
-            # At the very front the mark of a sequence's start belongs to the text after BOS.
-            last = None if len(ids) == 1 and segment.text == BOS.name else segment
+            # At the very front the mark of a sequence's start belongs to the text after BOS, which
+            # images may precede.
+            first = segment.text == BOS.name and ids.count(IMAGE_ID) == len(ids) - 1
+            last = None if first else segment
         return ids, labels
 
     def _piece(self, segment: Segment, last: Segment | None, where: str) -> list[int]:
-        if segment.kind == "image":
-            return [IMAGE_ID] * self.image_tokens
         if segment.kind == "token":
             return [self._token_ids[Token(segment.text)]]
         if last is None or last.kind == "image":
@@ -259,13 +362,17 @@ class Processor:
             return self._text.after_token(segment.text, where)
         return self._text.after_text(last.text, segment.text, where)
 
-    def _pixels(self, images: Sequence[ImagePart], where: str) -> torch.Tensor:
-        side = self.image_spec.size
-        out = torch.empty(len(images), 3, side, side)
+    def _views(
+        self, images: Sequence[ImagePart], where: str
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """The views of each image, float[V, 3, S, S], and each image's width and height."""
+        views, sizes = [], []
         for number, image in enumerate(images):
             of = f", image {number + 1} of {len(images)}" if len(images) > 1 else ""
-            out[number] = self.load_image(image, f"{where}{of}")
-        return out
+            view, size = self.load_image(image, f"{where}{of}")
+            views.append(view)
+            sizes.append(size)
+        return views, sizes
 
     def _find_tokens(self) -> dict[Token, int]:
         """Ids of the template's special tokens; BOS alone may be missing."""
@@ -282,42 +389,3 @@ class Processor:
                     "has this token."
                 )
         return found
-
-
-def _read_processor_file(directory: Path) -> dict[str, Any]:
-    path = directory / PROCESSOR_FILE
-    if not path.is_file():
-        held = sorted(entry.name for entry in directory.iterdir())[:8] if directory.is_dir() else []
-        raise PumiceError(
-            f"{directory} holds no {PROCESSOR_FILE} (found: {', '.join(held) or 'nothing'}); a "
-            "pumice checkpoint directory is needed. Check the path, or convert the model first."
-        )
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        raise PumiceError(
-            f"{path} is not a processor file of version {VERSION}; it must hold "
-            f'"format": "{FORMAT}" and "version": {VERSION}. Save the processor again, or use the '
-            "version of pumice that wrote it."
-        )
-    wrong = sorted(set(data) ^ set(_FIELDS)) + [
-        key for key, fits in _FITS.items() if key in data and not fits(data[key])
-    ]
-    if wrong:
-        raise PumiceError(
-            f"{path}: unknown, missing or wrongly typed: {', '.join(wrong)}; its fields are "
-            f"{', '.join(_FIELDS)}. Save the processor again."
-        )
-    return data
-
-
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "template": lambda value: isinstance(value, dict),
-    "image": lambda value: isinstance(value, dict),
-    "system": lambda value: value is None or isinstance(value, str),
-    "image_tokens": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "check": lambda value: (
-        isinstance(value, dict)
-        and isinstance(value.get("text"), str)
-        and isinstance(value.get("ids"), list)
-    ),
-}
