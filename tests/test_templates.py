@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,10 @@ LLAMA_2 = (
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
 )
+MPT = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
+    "honest answers."
+)
 DIALOGUE = (user("Q1", PICTURE), assistant("A1"), user("Q2"))
 # As the reference renders it (with the BOS which its tokenizer call puts in front).
 PROMPTS = {
@@ -36,6 +41,35 @@ PROMPTS = {
         "<|im_end|><|im_start|>assistant\nA1<|im_end|><|im_start|>user\nQ2<|im_end|>"
         "<|im_start|>assistant\n"
     ),
+    "llava_v0": f"<s>{LLAVA}###Human: <image>\nQ1###Assistant: A1###Human: Q2###Assistant:",
+    "mpt": (
+        f"<|im_start|>system\n{MPT}<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
+        "<|im_start|>assistant\nA1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n"
+    ),
+    "llama-3": (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{LLAMA_2}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "qwen": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n"
+    ),
+}
+# How each answer is written, the words and tokens that the model itself writes round it included.
+ANSWERS = {
+    "vicuna_v1": " {}</s>",
+    "llava_v1": " {}</s>",
+    "llava_v0": " {}###",
+    "llava_llama_2": " {} </s>",
+    "mistral_instruct": " {} </s>",
+    "chatml_direct": "{}<|im_end|>",
+    "mpt": "{}<|im_end|>",
+    "qwen": "{}<|im_end|>",
+    "llama-3": "{}<|eot_id|>",
 }
 
 
@@ -48,7 +82,8 @@ def rendered(segments: list[Segment]) -> str:
 
 
 def test_every_template_is_covered() -> None:
-    assert set(PROMPTS) | {"plain"} == set(TEMPLATES.names())
+    assert set(PROMPTS) | {"plain", "v0"} == set(TEMPLATES.names())
+    assert set(PROMPTS) == set(ANSWERS)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -60,11 +95,18 @@ def test_prompt_is_the_reference_string(name: str) -> None:
 def test_only_answers_and_end_tokens_are_learnt(name: str) -> None:
     template = TEMPLATES[name]
     segments = template.segments((*DIALOGUE, assistant("A2")), open_turn=False)
-    end = {"chatml_direct": "<|im_end|>"}.get(name, "</s>")
-    spaced = {"chatml_direct": "{}", "vicuna_v1": " {}", "llava_v1": " {}"}.get(name, " {} ")
     learnt = rendered([segment for segment in segments if segment.learn])
-    assert learnt == spaced.format("A1") + end + spaced.format("A2") + end
-    assert rendered(segments) == PROMPTS[name] + spaced.format("A2") + end
+    assert learnt == ANSWERS[name].format("A1") + ANSWERS[name].format("A2")
+    assert rendered(segments) == PROMPTS[name] + ANSWERS[name].format("A2")
+
+
+def test_v0_is_llava_v0_behind_its_example_dialogue() -> None:
+    text = rendered(TEMPLATES["v0"].segments(DIALOGUE, open_turn=True))
+    opening = f"<s>{LLAVA}###"
+    assert text.startswith(f"{opening}Human: What are the key differences between renewable and")
+    assert text.endswith("instability.\n###" + PROMPTS["llava_v0"].removeprefix(opening))
+    assert (text.count("###Assistant: "), text.count("###Human: "), text.count("\n")) == (2, 3, 8)
+    assert TEMPLATES["v0"].stop == TEMPLATES["llava_v0"].stop == ("###",)
 
 
 def test_plain_is_image_caption_line_break() -> None:
@@ -95,6 +137,13 @@ def test_without_system_text_its_separator_goes_too(name: str) -> None:
             "llava_llama_2": "<s>[INST] Q [/INST]",
             "mistral_instruct": "<s>[INST] Q [/INST]",
             "chatml_direct": "<s><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n",
+            "llava_v0": "<s>Human: Q###Assistant:",
+            "mpt": "<|im_start|>user\nQ<|im_end|><|im_start|>assistant\n",
+            "qwen": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+            "llama-3": (
+                "<s><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n"
+            ),
         }[name]
     )
 
@@ -194,6 +243,17 @@ def test_special_tokens_are_told_from_text_in_the_data() -> None:
 def test_damaged_data_is_refused(change: dict[str, object], says: str) -> None:
     with pytest.raises(PumiceError, match=says):
         Template.from_dict(TEMPLATES["vicuna_v1"].to_dict() | change)
+
+
+def test_a_later_field_may_be_absent_from_older_files() -> None:
+    assert "no_system" not in TEMPLATES["vicuna_v1"].to_dict()
+    header = replace(TEMPLATES["qwen"], no_system=(Token("<|im_start|>"), "system\nToday."))
+    again = Template.from_dict(json.loads(json.dumps(header.to_dict())))
+    assert again == header
+    without = rendered(again.segments((user("Q"),), open_turn=True, system=""))
+    assert without.startswith("<|im_start|>system\nToday.<|im_start|>user\nQ")
+    given = rendered(again.segments((user("Q"),), open_turn=True, system="S"))
+    assert "Today" not in given
 
 
 def test_missing_field_is_refused() -> None:

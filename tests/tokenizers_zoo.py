@@ -10,7 +10,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 MARK = "\u2581"
-CHAT = ["<|im_start|>", "<|im_end|>"]
+CHAT = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 WORDS = ("USER", "ASSISTANT", "A1", "Q2", "INST", "cat", "the", "Yes", "image")
 SPLIT = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pumice.core.errors import PumiceError
+from pumice.core.hub import hub_folder, is_hub_name
 from pumice.core.log import get_logger
 from pumice.core.registry import suggest
 
@@ -29,7 +30,13 @@ def resolve_model(name_or_dir: Path | str) -> Path:
 
 
 def resolve_backbone(name_or_dir: Path | str) -> Path:
-    """The Hugging Face folder of a backbone, given as a directory or by a shipped name."""
+    """The Hugging Face folder of a backbone: a directory, a shipped name, or OWNER/NAME of the Hub.
+
+    A name of the Hub is fetched when the local cache does not hold it.
+    """
+    name = str(name_or_dir)
+    if is_hub_name(name) and not Path(name_or_dir).expanduser().exists():
+        return hub_folder(name)
     return _resolve("backbone", name_or_dir, BACKBONES)
 
 

@@ -2,11 +2,12 @@
 
 Shapes: S = side of that square in pixels. The three ways equal the reference (LLaVA's
 `expand2square`, the centre crop of Hugging Face's CLIP) to the last bit; only pictures whose
-canvas would take gigabytes go another way, see `LONGEST_SIDE`.
+crop would take gigabytes go another way, see `LARGEST`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -26,9 +27,8 @@ Triple = tuple[float, float, float]
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
-# Beyond this many pixels on the longer side no intermediate picture is built: a picture of
-# 20,000 x 10 would be padded to a canvas of 1.2 GB, or enlarged to 0.7 GB before its crop.
-LONGEST_SIDE = 4096
+# No intermediate picture has more pixels: a crop of 20,000 x 10 would first be enlarged to 0.7 GB.
+LARGEST = 4096 * 4096
 
 _FILTERS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
@@ -135,17 +135,24 @@ def _resize(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
 
 
 def _pad(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
-    """The picture in the middle of a square of its longer side, then that square made S wide."""
-    longest = max(image.size)
-    if image.width != image.height and longest > LONGEST_SIDE:
-        width, height = (max(1, round(side * LONGEST_SIDE / longest)) for side in image.size)
-        image = image.resize((width, height), _FILTERS[spec.resample])
-    if image.width != image.height:
-        side = max(image.size)
-        canvas = PIL.Image.new("RGB", (side, side), spec.canvas_color)
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = canvas
-    return _resize(image, spec)
+    """The picture in the middle of a square of its longer side, then that square made S wide.
+
+    Pillow shrinks rows first and columns then, each by itself. So a few rows of the square at a
+    time are enough: the same pixels, without a square of gigabytes.
+    """
+    if image.width == image.height:
+        return _resize(image, spec)
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    column = PIL.Image.new("RGB", (spec.size, side), spec.canvas_color)
+    rows = max(1, LARGEST // side)
+    for start in range(0, image.height, rows):
+        stop = min(start + rows, image.height)
+        strip = PIL.Image.new("RGB", (side, stop - start), spec.canvas_color)
+        strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
+        narrow = strip.resize((spec.size, stop - start), _FILTERS[spec.resample])
+        column.paste(narrow, (0, top + start))
+    return _resize(column, spec)
 
 
 def _crop(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
@@ -154,13 +161,24 @@ def _crop(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
     longer = int(spec.size * longer / shorter)
     size = (spec.size, longer) if image.width <= image.height else (longer, spec.size)
     left, top = (size[0] - spec.size) // 2, (size[1] - spec.size) // 2
-    if longer <= LONGEST_SIDE:
+    if spec.size * longer <= LARGEST:
         enlarged = image.resize(size, _FILTERS[spec.resample])
         return enlarged.crop((left, top, left + spec.size, top + spec.size))
     # Only the part that is kept is resized: the same picture up to the rounding of its edges.
     across, down = image.width / size[0], image.height / size[1]
     box = (left * across, top * down, (left + spec.size) * across, (top + spec.size) * down)
-    return image.resize((spec.size, spec.size), _FILTERS[spec.resample], box=box)
+    # No filter reaches farther. Of very tall pictures Pillow would turn the order of rows and
+    # columns round.
+    margin = 4 * math.ceil(max(across, down, 1))
+    near = (
+        max(0, math.floor(box[0]) - margin),
+        max(0, math.floor(box[1]) - margin),
+        min(image.width, math.ceil(box[2]) + margin),
+        min(image.height, math.ceil(box[3]) + margin),
+    )
+    shifted = (box[0] - near[0], box[1] - near[1], box[2] - near[0], box[3] - near[1])
+    kept = image.crop(near)
+    return kept.resize((spec.size, spec.size), _FILTERS[spec.resample], box=shifted)
 
 
 def _check_choice(name: str, given: object, allowed: tuple[str, ...]) -> None:

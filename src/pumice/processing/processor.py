@@ -23,6 +23,7 @@ from pumice.core.types import ImagePart, Message, Sample
 from pumice.models.constants import IGNORE, IMAGE_ID
 from pumice.models.tiling import ImagePlan, plan_image
 from pumice.processing.images import ImageSpec, preprocess
+from pumice.processing.own_template import find_template
 from pumice.processing.processor_file import (
     FORMAT,
     INSTRUCTION_FOLDER,
@@ -98,7 +99,9 @@ class Processor:
             )
         self.tokenizer = tokenizer
         self.image_spec = image_spec
-        self.template = TEMPLATES[template] if isinstance(template, str) else template
+        self.template = (
+            find_template(template, tokenizer) if isinstance(template, str) else template
+        )
         self.system = system
         self.image_tokens = image_tokens
         self.view_side = view_side

@@ -8,12 +8,13 @@ LLaVA; a template travels inside the checkpoint as data, so that a name can neve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from pumice.core.errors import DataError, PumiceError
+from pumice.core.errors import PumiceError
 from pumice.core.registry import Registry, suggest
 from pumice.core.types import ImagePart, Message, TextPart
+from pumice.processing.turns import check_image_only, check_turns, split_system
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,12 @@ class Template:
 
     `system` is the template's own system text; `before_system` and `after_system` are written only
     when there is a system text, in front of everything or (`system_in_user`) inside the first user
-    turn. `between_rounds` comes before each user turn but the first. `after_user` ends with what
-    opens the answer. `before_answer` and `after_answer` are text which the model itself writes, so
-    they are learnt. `end` closes each answer and is learnt; `stop` are strings that end generation
-    where there is no such token. `user_text` False keeps of the user's turn the images alone.
+    turn; `no_system` is what stands there without one. `between_rounds` comes before each user turn
+    but the first. `after_user` ends with what opens the answer. `before_answer` and `after_answer`
+    are text which the model itself writes, so they are learnt. `end` closes each answer and is
+    learnt; `stop` are strings that end generation where there is no such token. `user_text` False
+    keeps of the user's turn the images alone. `images_first` moves all images before everything
+    else, even BOS (InstructBLIP); `around_image` stands before and after images (IDEFICS).
     """
 
     name: str
@@ -67,6 +70,9 @@ class Template:
     end: Token | None = EOS
     stop: tuple[str, ...] = ()
     user_text: bool = True
+    no_system: tuple[Piece, ...] = ()
+    images_first: bool = False
+    around_image: tuple[Piece, ...] = ()
 
     def segments(
         self,
@@ -81,12 +87,12 @@ class Template:
         A system message wins over `system`, and None means the template's own system text; "" means
         none at all. `where` names the sample in errors.
         """
-        own, turns = _split_system(messages, where)
-        _check_turns(turns, open_turn=open_turn, where=where)
+        own, turns = split_system(messages, where)
+        check_turns(turns, open_turn=open_turn, where=where)
         if not self.user_text:
-            _check_image_only(self.name, turns, where)
+            check_image_only(self.name, turns, where)
         text = next(given for given in (own, system, self.system) if given is not None)
-        block: list[Piece] = [*self.before_system, text, *self.after_system] if text else []
+        block = self.system_block(text)
         out = [Segment("token", BOS.name)] if self.bos else []
         if self.user_text and not self.system_in_user:
             out += _written(block)
@@ -99,16 +105,23 @@ class Template:
             out += _written(block if self.system_in_user and number == 0 else ())
             out += [part for part in _content(turn) if self.user_text or part.kind == "image"]
             out += _written(self.after_user)
-        return _joined(out)
+        out = _joined(_images_first(out) if self.images_first else out)
+        return _joined(_bordered(out, self.around_image)) if self.around_image else out
+
+    def system_block(self, text: str) -> tuple[Piece, ...]:
+        """What is written for the system text `text`; "" is none."""
+        return (*self.before_system, text, *self.after_system) if text else self.no_system
 
     def tokens(self) -> tuple[Token, ...]:
         """The special tokens this template cannot do without (BOS is left out where unknown)."""
         pieces: tuple[Piece | None, ...] = (
             *self.before_system,
             *self.after_system,
+            *self.no_system,
             *self.between_rounds,
             *self.before_user,
             *self.after_user,
+            *self.around_image,
             self.end,
         )
         named = [piece for piece in pieces if isinstance(piece, Token) and piece != BOS]
@@ -131,7 +144,8 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """The template as JSON data; a special token is {"token": name}."""
-        return {field.name: _to_json(getattr(self, field.name)) for field in fields(self)}
+        data = {field.name: _to_json(getattr(self, field.name)) for field in fields(self)}
+        return {key: value for key, value in data.items() if value or key not in _LATER}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Template:
@@ -144,94 +158,18 @@ class Template:
                     f"{', '.join(known)}.{suggest(str(key), known)} Read it with the version of "
                     "pumice that wrote it."
                 )
-        missing = [key for key in known if key not in data]
+        missing = [key for key in known if key not in data and key not in _LATER]
         if missing:
             raise PumiceError(
                 f"a saved template lacks {', '.join(missing)}; all of {', '.join(known)} are "
                 "needed. Save the processor again."
             )
-        return cls(**{key: _from_json(key, data[key]) for key in known})
+        return cls(**{key: _from_json(key, data[key]) for key in known if key in data})
 
     def _answer(self, turn: Message) -> list[Segment]:
         written = f"{self.before_answer}{turn.text}{self.after_answer}"
         answer = [Segment("text", written, learn=True)]
         return [*answer, Segment("token", self.end.name, learn=True)] if self.end else answer
-
-
-def _split_system(
-    messages: Sequence[Message], where: str
-) -> tuple[str | None, tuple[Message, ...]]:
-    """The text of a leading system message (None without one) and the turns after it."""
-    if not messages or messages[0].role != "system":
-        return None, tuple(messages)
-    if messages[0].images:
-        raise _data_error(
-            where,
-            "the system message holds an image; images are allowed in user turns only. "
-            "Move it into the first user turn",
-        )
-    return messages[0].text, tuple(messages[1:])
-
-
-def _check_turns(turns: Sequence[Message], *, open_turn: bool, where: str) -> None:
-    if not turns:
-        raise _data_error(where, "there is no user turn; a conversation starts with one")
-    for number, turn in enumerate(turns):
-        expected = "assistant" if number % 2 else "user"
-        if turn.role != expected:
-            raise _data_error(
-                where,
-                f"turn {number + 1} is from {turn.role!r} where {expected!r} is expected; turns "
-                "alternate user, assistant, starting with user (after an optional system "
-                "message). Merge neighbouring turns of one speaker, or mend the sample",
-            )
-        if turn.role == "user":
-            continue
-        if turn.images:
-            raise _data_error(
-                where,
-                f"turn {number + 1} is an answer that holds an image; images are allowed in "
-                "user turns only",
-            )
-        if not turn.text.strip():
-            raise _data_error(
-                where,
-                f"turn {number + 1} is an empty answer ({turn.text!r}); an answer needs text. "
-                "Write the answer, or remove the sample",
-            )
-    if open_turn and turns[-1].role == "user" and not (turns[-1].text.strip() or turns[-1].images):
-        raise _data_error(
-            where,
-            f"the question is empty ({turns[-1].text!r}); a text, an image or both are needed. Ask "
-            "something",
-        )
-    last = "user" if open_turn else "assistant"
-    if turns[-1].role != last:
-        raise _data_error(
-            where,
-            f"the last turn is from {turns[-1].role!r}; "
-            + (
-                "a prompt ends with the user's turn. Remove the answer, or add a question"
-                if open_turn
-                else "a training conversation ends with an answer. Remove the last user turn, "
-                "or add its answer"
-            ),
-        )
-
-
-def _check_image_only(name: str, turns: Sequence[Message], where: str) -> None:
-    if len(turns) > 2 or not turns[0].images:
-        count = sum(len(turn.images) for turn in turns)
-        raise _data_error(
-            where,
-            f"template {name!r} takes one user turn with an image and its answer; given "
-            f"{len(turns)} turns with {count} images. Use another template for conversations, or "
-            "take the sample out of this stage",
-        )
-
-
-def _data_error(where: str, text: str) -> DataError:
-    return DataError(f"{where or 'the conversation'}: {text}.")
 
 
 def _written(pieces: Sequence[Piece]) -> list[Segment]:
@@ -246,6 +184,29 @@ def _content(turn: Message) -> list[Segment]:
         Segment("text", part.text) if isinstance(part, TextPart) else Segment("image", image=part)
         for part in turn.content
     ]
+
+
+def _images_first(segments: Sequence[Segment]) -> list[Segment]:
+    """Every image before all else, even BOS; the line break behind an image goes with it."""
+    texts: list[Segment] = []
+    for segment, last in zip(segments, (None, *segments), strict=False):
+        if last and last.kind == "image" and segment.kind == "text" and not segment.learn:
+            texts.append(Segment("text", segment.text.removeprefix("\n")))
+        elif segment.kind != "image":
+            texts.append(segment)
+    return [segment for segment in segments if segment.kind == "image"] + texts
+
+
+def _bordered(segments: Sequence[Segment], border: Sequence[Piece]) -> list[Segment]:
+    """`border` before, between and after images; spaces that touch it are dropped."""
+    out: list[Segment] = []
+    shown = [False, *(segment.kind == "image" for segment in segments), False]
+    for segment, before, image, after in zip(segments, shown, shown[1:], shown[2:], strict=False):
+        text = segment.text.lstrip(" ") if before else segment.text
+        out += _written(border) if image and not before else ()
+        out.append(replace(segment, text=text.rstrip(" ") if after else text))
+        out += _written(border) if image else ()
+    return out
 
 
 def _joined(segments: Sequence[Segment]) -> list[Segment]:
@@ -271,8 +232,10 @@ def _to_json(value: Any) -> Any:
     return [_to_json(item) for item in value] if isinstance(value, tuple) else value
 
 
+# Fields that came after the first release: absent from older files, left out where unused.
+_LATER = ("no_system", "images_first", "around_image")
 _TEXTS = ("name", "system", "before_answer", "after_answer")
-_FLAGS = ("bos", "system_in_user", "user_text")
+_FLAGS = ("bos", "system_in_user", "user_text", "images_first")
 
 
 def _from_json(key: str, value: Any) -> Any:
@@ -309,7 +272,39 @@ _LLAVA_LLAMA_2 = (
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
 )
+_MPT = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
+    "honest answers."
+)
+# The example dialogue that Vicuna v0 was given in front of every conversation.
+_RENEWABLE = (
+    "Human: What are the key differences between renewable and non-renewable energy sources?"
+    "###Assistant: Renewable energy sources are those that can be replenished naturally in a "
+    "relatively short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+    "Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, "
+    "such as coal, oil, and natural gas. Here are some key differences between renewable and "
+    "non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+    "energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
+    "typically have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more "
+    "remote locations than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
+    "different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+    "non-renewable sources are not, and their depletion can lead to economic and social "
+    "instability.\n###"
+)
 _IM_START, _IM_END = Token("<|im_start|>"), Token("<|im_end|>")
+_HEADER, _HEADER_END, _EOT = (
+    Token("<|start_header_id|>"),
+    Token("<|end_header_id|>"),
+    Token("<|eot_id|>"),
+)
 
 
 def _vicuna(name: str, human: str) -> Template:
@@ -321,6 +316,21 @@ def _vicuna(name: str, human: str) -> Template:
         before_user=("USER: ",),
         after_user=(" ASSISTANT:",),
         before_answer=" ",
+    )
+
+
+def _vicuna_v0(name: str, example: str) -> Template:
+    # "###" is ordinary text which the model writes itself; the tokenizer has no token for it.
+    return Template(
+        name=name,
+        system=_CURIOUS.format("human"),
+        after_system=(f"###{example}",),
+        before_user=("Human: ",),
+        after_user=("###Assistant:",),
+        before_answer=" ",
+        after_answer="###",
+        end=None,
+        stop=("###",),
     )
 
 
@@ -339,6 +349,25 @@ def _llama_2(name: str, system: str, between_rounds: tuple[Piece, ...]) -> Templ
     )
 
 
+def _chatml(name: str, system: str, *, bos: bool, line: tuple[Piece, ...] = ()) -> Template:
+    # `line` stands behind every end token but the last one, which the model itself writes.
+    return Template(
+        name=name,
+        system=system,
+        bos=bos,
+        before_system=(_IM_START, "system\n"),
+        after_system=(_IM_END, *line),
+        between_rounds=line,
+        before_user=(_IM_START, "user\n"),
+        after_user=(_IM_END, *line, _IM_START, "assistant\n"),
+        end=_IM_END,
+    )
+
+
+def _header(role: str) -> tuple[Piece, ...]:
+    return _HEADER, role, _HEADER_END, "\n\n"
+
+
 TEMPLATES: Registry[Template] = Registry(
     "template",
     {
@@ -346,16 +375,22 @@ TEMPLATES: Registry[Template] = Registry(
         "plain": Template(name="plain", after_answer="\n", end=None, stop=("\n",), user_text=False),
         "vicuna_v1": _vicuna("vicuna_v1", "user"),
         "llava_v1": _vicuna("llava_v1", "human"),
-        "chatml_direct": Template(
-            name="chatml_direct",
-            system="Answer the questions.",
-            before_system=(_IM_START, "system\n"),
-            after_system=(_IM_END,),
-            before_user=(_IM_START, "user\n"),
-            after_user=(_IM_END, _IM_START, "assistant\n"),
-            end=_IM_END,
-        ),
+        # LLaVA's "v0" carries the example dialogue, its "llava_v0" does not.
+        "v0": _vicuna_v0("v0", _RENEWABLE),
+        "llava_v0": _vicuna_v0("llava_v0", ""),
+        "chatml_direct": _chatml("chatml_direct", "Answer the questions.", bos=True),
         "mistral_instruct": _llama_2("mistral_instruct", "", ()),
         "llava_llama_2": _llama_2("llava_llama_2", _LLAVA_LLAMA_2, (BOS,)),
+        "mpt": _chatml("mpt", _MPT, bos=False),
+        "llama-3": Template(
+            name="llama-3",
+            system=_LLAVA_LLAMA_2,
+            before_system=_header("system"),
+            after_system=(_EOT,),
+            before_user=_header("user"),
+            after_user=(_EOT, *_header("assistant")),
+            end=_EOT,
+        ),
+        "qwen": _chatml("qwen", "You are a helpful assistant.", bos=False, line=("\n",)),
     },
 )

@@ -22,7 +22,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._special = _special_tokens(tokenizer)
+        self._special = special_tokens(tokenizer)
         self._plain = _without_special(tokenizer, self._special)
         vocab = tokenizer.get_vocab()
         # A one-character token (some tokenizers pad with "!") is ordinary text as well.
@@ -123,7 +123,7 @@ class TextEncoder:
         return True
 
 
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Spellings that plain text must not turn into one token."""
     added = tokenizer.added_tokens_decoder.values()
     ours = {"<image>"}

@@ -1,0 +1,74 @@
+"""Model folders by their names on the Hugging Face Hub: from the local cache, else downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pumice.core.errors import PumiceError
+from pumice.core.files import read_json
+from pumice.core.log import get_logger
+
+log = get_logger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it looks like OWNER/NAME; a relative path of two parts does too."""
+    return _NAME.fullmatch(text) is not None
+
+
+def hub_folder(name: str) -> Path:
+    """The folder of the repository OWNER/NAME, with its configuration, tokenizer and weights.
+
+    What the local cache holds is used as it is; otherwise it is downloaded into that cache. Raises
+    PumiceError where neither is possible (offline, no such repository, no leave to read it).
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if _has_weights(cached):
+            return cached
+    except (errors.LocalEntryNotFoundError, FileNotFoundError):
+        pass
+    log.info("%s is fetched from the Hugging Face Hub into the local cache", name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_wanted(name)))
+    except (_network_error(), OSError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise PumiceError(
+            f"{name!r} is no directory here, is not in the local cache of the Hugging Face Hub and "
+            f"cannot be fetched: {reason}. Download it where there is a network (hf download "
+            f"{name} --local-dir DIR), and give DIR in its place."
+        ) from error
+
+
+def _network_error() -> type[Exception]:
+    # The base class of the HTTP library the client builds on, which has changed between releases.
+    from huggingface_hub import errors
+
+    found: type[Exception] = getattr(errors, "HTTPError", OSError)
+    return found
+
+
+def _wanted(name: str) -> list[str]:
+    """One kind of weights alone: repositories often hold the same ones several times."""
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(name)
+    safe = any(file.endswith(".safetensors") and "/" not in file for file in files)
+    return [*_SMALL, "*.safetensors" if safe else "pytorch_model*.bin"]
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the configuration is there, and every file of weights (a download may have ended)."""
+    shards: set[str] = set()
+    for index in folder.glob("*.index.json"):
+        shards |= set(read_json(index).get("weight_map", {}).values())
+    if not all((folder / shard).is_file() for shard in shards):
+        return False
+    weights = any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+    return weights and (folder / "config.json").is_file()
