@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pumice.world.backbones import Report, run_together
-from pumice.world.lessons import PATCHES, Draft
-from pumice.world.scenes import random_scene
+from pumice.world.lessons import PATCHES, ROW_END, TILED, Draft
+from pumice.world.scenes import COLUMNS, ROWS, random_scene
 
 
 class Bar:
@@ -82,7 +82,8 @@ def test_what_does_not_fit_is_left_out_with_its_turn() -> None:
 
     def length(scene: Any, *pieces: tuple[str | None, float]) -> int:
         draft = Draft(scene, list(pieces))
-        ids, weights = scribe._row(draft, iter([5] * len(t) for t, _ in pieces if t is not None))
+        texts = iter([5] * len(text) for text, _ in pieces if text is not None)
+        ids, weights = scribe._row(draft, texts, PATCHES)
         assert len(ids) == len(weights)
         return len(ids)
 
@@ -94,3 +95,30 @@ def test_what_does_not_fit_is_left_out_with_its_turn() -> None:
     assert length(scene, (None, 0.0), ("a" * TEXT_TOKENS, 1.0), (".", 0.0)) == 1 + PATCHES
     # A caption has no end mark and is kept whole.
     assert length(scene, (None, 0.0), ("c" * 300, 1.0)) == 1 + PATCHES + 300
+
+
+def test_a_wide_scene_in_tiles_says_everything_there_and_places_in_the_whole() -> None:
+    for index in range(60):
+        scene = random_scene(9_000_000 + index)
+        words = TILED.words(scene, random.Random(index))
+        assert len(words) == TILED.positions == PATCHES + 12 * 13
+        whole, rows = words[:PATCHES], [words[PATCHES + 13 * row :][:13] for row in range(12)]
+        assert all(row[-1] == [ROW_END] and [ROW_END] not in row[:-1] for row in rows)
+        told = {word for row in rows for position in row for word in position}
+        for thing in scene.things:
+            # A word may be dropped from the one patch a small thing covers.
+            named = {"sign", thing.word} if thing.is_sign else {thing.shape, thing.color}
+            assert named & told
+            # Its place is said where it stands in the whole.
+            patches = [p for p in whole if {thing.shape, "sign"} & set(p)]
+            assert all(len(set(p) & {*ROWS, *COLUMNS}) == 2 for p in patches)
+        if scene.sign:
+            assert not any(scene.sign.word in position for position in whole)
+
+
+def test_the_cycles_are_the_whole_training() -> None:
+    from pumice.world.language_backbone import cycles
+
+    steps = [step for cycle in cycles(1500) for step in cycle.steps]
+    assert steps == list(range(1500))
+    assert [cycle.tiled > 0 for cycle in cycles(1500)] == [False, False, True, True]

@@ -1,20 +1,24 @@
 """The world: pictures match their scene graph, files are in the public formats, splits disjoint."""
 
+import dataclasses
 import json
 import random
+import re
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pumice.cli.world import ensure_world
 from pumice.core.errors import PumiceError
 from pumice.data.sources import LlavaJson
 from pumice.world import language
 from pumice.world.benchmarks import VQA_PER_IMAGE, _balanced_questions
 from pumice.world.datasets import MIXTURE, make_world
-from pumice.world.scenes import COLORS, SHAPES, SIZE, Scene, random_scene, render
+from pumice.world.scenes import COLORS, SHAPES, SIZE, Scene, random_scene, render, widened
 from pumice.world.vision_backbone import patch_owner
 
 IMAGES, EVAL_IMAGES = 40, 60
@@ -194,6 +198,36 @@ def test_vqa_answers_are_balanced_within_each_kind() -> None:
         assert balanced[kind] <= 0.54
     assert balanced["count_by"] <= 0.3 < plain["count_by"]
     assert sum(balanced.values()) < sum(plain.values())
+
+
+def test_a_wide_scene_is_the_same_with_things_half_as_large() -> None:
+    for index in range(40):
+        scene = random_scene(8_000_000 + index)
+        wide = widened(scene)
+        assert render(wide).size == (2 * SIZE, 2 * SIZE)
+        for thing, was in zip(wide.things, scene.things, strict=True):
+            (x0, y0, x1, y1), (a0, b0, a1, b1) = thing.box, was.box
+            assert (x1 - x0, y1 - y0) == (a1 - a0, b1 - b0)
+            assert dataclasses.replace(thing, box=was.box) == was
+            # In its place, and on one side of the middle, where tiles meet.
+            assert (int((y0 + y1) / 2 // 128), int((x0 + x1) / 2 // 128)) == (was.row, was.column)
+            assert not x0 < SIZE < x1 and not y0 < SIZE < y1
+
+
+def test_a_wide_world_says_so_in_its_files(tmp_path: Path) -> None:
+    make_world(tmp_path, images=12, eval_images=8, wide=True)
+    with Image.open(next((tmp_path / "val2014").iterdir())) as picture:
+        assert picture.size == (2 * SIZE, 2 * SIZE)
+    assert json.loads((tmp_path / "world.json").read_text())["wide"] is True
+    annotations = tmp_path / "coco" / "annotations" / "instances_val2014.json"
+    pictures = json.loads(annotations.read_text())["images"]
+    assert {(p["width"], p["height"]) for p in pictures} == {(2 * SIZE, 2 * SIZE)}
+    rows = json.loads((tmp_path / "llava" / "instruct.json").read_text())
+    boxes = re.findall(r"\[([\d., ]+)\]", json.dumps([r["conversations"] for r in rows]))
+    numbers = [float(number) for box in boxes for number in box.split(",")]
+    assert numbers and max(numbers) <= 1
+    with pytest.raises(PumiceError, match="another synthetic world"):
+        ensure_world(tmp_path, images=12, eval_images=8, seed=0)
 
 
 def test_a_world_of_impossible_size_is_refused(tmp_path: Path) -> None:

@@ -36,12 +36,15 @@ def make(
         int, typer.Option("--eval-images", min=1, help="Held-out images of the benchmarks.")
     ] = 500,
     seed: Annotated[int, typer.Option("--seed", help="Another seed is another world.")] = 0,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Twice as wide pictures; things keep their pixels.")
+    ] = False,
 ) -> None:
     """Write training data and benchmark files.
 
     Each benchmark's files have their official names and formats. Equal arguments, equal bytes.
     """
-    ensure_world(out, images=images, eval_images=eval_images, seed=seed)
+    ensure_world(out, images=images, eval_images=eval_images, seed=seed, wide=wide)
     say(str(out))
 
 
@@ -66,13 +69,16 @@ def backbones(
     say(str(out))
 
 
-def ensure_world(out: Path, *, images: int, eval_images: int, seed: int) -> None:
+def ensure_world(
+    out: Path, *, images: int, eval_images: int, seed: int, wide: bool = False
+) -> None:
     """Make a world in `out` unless exactly this one is there; nothing else is written over."""
     from pumice.core.files import read_json
 
-    asked = {"images": images, "eval_images": eval_images, "seed": seed}
+    asked = {"images": images, "eval_images": eval_images, "seed": seed, "wide": wide}
     if (out / _RECORD).is_file():
-        there = read_json(out / _RECORD)
+        # A world of an older version says nothing of its width.
+        there = {"wide": False} | read_json(out / _RECORD)
         if any(there.get(key) != value for key, value in asked.items()):
             found = {key: there.get(key) for key in asked}
             raise PumiceError(

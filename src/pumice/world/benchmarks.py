@@ -12,7 +12,7 @@ from typing import Any
 from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.datasets import eval_name
-from pumice.world.scenes import SHAPES, SIZE, Scene, render
+from pumice.world.scenes import SHAPES, Scene, render
 
 POPE_PER_SIDE = 3
 VQA_PER_IMAGE = 6
@@ -163,7 +163,12 @@ def write_refcoco(folder: Path, scenes: list[Scene], seed: int) -> None:
         thing = rng.choice(scene.shapes)
         x0, y0, x1, y1 = thing.box
         pictures.append(
-            {"id": index + 1, "file_name": eval_name(index), "width": SIZE, "height": SIZE}
+            {
+                "id": index + 1,
+                "file_name": eval_name(index),
+                "width": scene.pixels,
+                "height": scene.pixels,
+            }
         )
         phrase = rng.choice((language.thing_phrase(thing), f"the {thing.shape}"))
         annotations.append(

@@ -15,7 +15,7 @@ from typing import Any
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_atomic
 from pumice.world import language
-from pumice.world.scenes import SHAPES, SIZE, Scene, random_scene, render
+from pumice.world.scenes import SHAPES, Scene, random_scene, render, widened
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -39,6 +39,11 @@ MIXTURE = {
     "conversation": 0.07, "detail": 0.13, "reasoning": 0.03, "vqa": 0.29, "ocr": 0.02,
     "choice": 0.32, "region": 0.10, "text": 0.04,
 }  # fmt: skip
+# How often a kind is asked as multiple choice: those with many possible answers take longest.
+CHOICE_SHARES = {
+    "shape": 2.0, "where": 2.0, "which": 2.0, "ocr": 1.5, "color": 1.0, "texture": 1.0,
+    "background": 0.3,
+}  # fmt: skip
 EVAL_SCENES = 5_000_000
 SEED_STRIDE = 40_000
 ROWS_PER_IMAGE = 1.5
@@ -52,12 +57,14 @@ def make_world(
     images: int = 6000,
     eval_images: int = 500,
     seed: int = 0,
+    wide: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the training files and the benchmarks' official files of a world to `out`.
 
-    The same arguments write the same bytes. `world.json` is written last: its presence means the
-    world is complete.
+    A `wide` world has pictures twice as wide and high with things of the same pixels: in the one
+    view of a vision backbone they are half as large, and signs cannot be read. The same arguments
+    write the same bytes. `world.json` is written last: its presence means the world is complete.
     """
     from pumice.world.benchmarks import write_benchmarks
 
@@ -67,8 +74,9 @@ def make_world(
                 f"{name}={count} cannot be made: a world holds 1 to {SEED_STRIDE} images of each "
                 "split. Give a number in this range."
             )
-    train = [random_scene(seed * SEED_STRIDE + index) for index in range(images)]
-    held_out = [random_scene(EVAL_SCENES + seed * SEED_STRIDE + k) for k in range(eval_images)]
+    scene = _wide_scene if wide else random_scene
+    train = [scene(seed * SEED_STRIDE + index) for index in range(images)]
+    held_out = [scene(EVAL_SCENES + seed * SEED_STRIDE + k) for k in range(eval_images)]
     total = images + eval_images
     done = _write_pictures(train, out / "images" / "train", train_name, progress, 0, total)
     _write_pictures(held_out, out / "val2014", eval_name, progress, done, total)
@@ -77,8 +85,14 @@ def make_world(
     write_coco(out / "coco" / "annotations", "train2014", train, train_name, seed)
     write_coco(out / "coco" / "annotations", "val2014", held_out, eval_name, seed)
     write_benchmarks(out, held_out, seed)
-    record = {"format": 1, "images": images, "eval_images": eval_images, "seed": seed}
+    record = {
+        "format": 1, "images": images, "eval_images": eval_images, "seed": seed, "wide": wide,
+    }  # fmt: skip
     _write_json(out / "world.json", record)
+
+
+def _wide_scene(seed: int) -> Scene:
+    return widened(random_scene(seed))
 
 
 def train_name(index: int) -> str:
@@ -181,7 +195,7 @@ def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str,
 def _region_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     turns: list[tuple[str, str]] = []
     for thing in rng.sample(scene.things, min(3, len(scene.things))):
-        box, phrase = language.box_text(thing), language.thing_phrase(thing)
+        box, phrase = language.box_text(thing, scene.pixels), language.thing_phrase(thing)
         if rng.random() < 0.35:
             turns.append((REGION_NAME.format(box=box), f"{phrase}."))
         else:
@@ -192,8 +206,11 @@ def _region_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 def _choice_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     turns: list[tuple[str, str]] = []
-    for question in language.questions(scene, 8, rng):
-        if question.kind in language.CHOICE_KINDS and len(turns) < 3:
+    asked: set[str] = set()
+    for kind in rng.choices(tuple(CHOICE_SHARES), tuple(CHOICE_SHARES.values()), k=8):
+        question = language.ask(scene, kind, rng)
+        if question and question.text not in asked and len(turns) < 3:
+            asked.add(question.text)
             options, letter = language.choices(question, rng)
             lines = [f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)]
             turns.append(("\n".join([question.text, *lines, LETTER]), letter))
@@ -214,7 +231,12 @@ def write_coco(
     captions: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     for index, scene in enumerate(scenes):
-        picture = {"id": index + 1, "file_name": name(index), "width": SIZE, "height": SIZE}
+        picture = {
+            "id": index + 1,
+            "file_name": name(index),
+            "width": scene.pixels,
+            "height": scene.pixels,
+        }
         pictures.append(picture)
         for text in (language.caption(scene, rng), language.brief_caption(scene, rng)):
             captions.append({"id": len(captions) + 1, "image_id": index + 1, "caption": text})

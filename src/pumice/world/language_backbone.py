@@ -11,18 +11,25 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pumice.core.log import get_logger
 from pumice.world import language
 from pumice.world.lessons import (
-    PATCHES,
+    HARD_KINDS,
+    LAST_CHOICES,
+    LAST_KINDS,
+    LATE_KINDS,
+    ROW_END,
+    TILED,
+    WHOLE,
     Draft,
     Lesson,
+    Sight,
     mixture,
     practice_mixture,
-    scene_words,
 )
 from pumice.world.scenes import random_scene
 from pumice.world.tokenizer import train_tokenizer
@@ -35,8 +42,8 @@ log = get_logger(__name__)
 
 TEXT_TOKENS = 100
 PEAK_RATE = 1.5e-3
-# The share of the steps that the first cycle takes; the second practises the hard questions.
-FIRST_CYCLE = 0.55
+# The shares of the steps at which a cycle of the learning rate ends and the next begins.
+CYCLES = (7 / 15, 10 / 15, 13 / 15)
 SAVE_EVERY = 1000
 # The pieces of text that end a turn or a statement.
 ENDS = ("</s>", ".")
@@ -51,38 +58,42 @@ class Scribe:
         if any(len(ids) != 1 for ids in words):
             raise AssertionError("every word of a scene must be one token")
         self.word_id = {word: ids[0] for word, ids in zip(_bag_vocabulary(), words, strict=True)}
+        # Behind a letter, for at the front of a text the tokenizer puts a mark between words.
+        self.word_id[ROW_END] = tokenizer("a" + ROW_END, add_special_tokens=False).input_ids[-1]
 
-    def batch(self, drafts: list[Draft], rng: random.Random) -> tuple[torch.Tensor, ...]:
-        """ids long[B, T] (-1: scene), weights float[B, T], bags long[B, 36, 6] (-1: no word)."""
+    def batch(
+        self, drafts: list[Draft], rng: random.Random, sight: Sight = WHOLE
+    ) -> tuple[torch.Tensor, ...]:
+        """ids long[B, T] (-1: scene), weights float[B, T], bags long[B, n, 6] (-1: no word)."""
         import torch
 
         texts = [text for draft in drafts for text, _ in draft.pieces if text is not None]
         encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids)
-        rows = [self._row(draft, encoded) for draft in drafts]
+        rows = [self._row(draft, encoded, sight.positions) for draft in drafts]
         length = max(len(ids) for ids, _ in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         weights = torch.zeros(len(rows), length)
-        bags = torch.full((len(rows), PATCHES, 6), -1, dtype=torch.long)
+        bags = torch.full((len(rows), sight.positions, 6), -1, dtype=torch.long)
         for index, (row_ids, row_weights) in enumerate(rows):
             ids[index, : len(row_ids)] = torch.tensor(row_ids)
             weights[index, : len(row_weights)] = torch.tensor(row_weights)
             scene = drafts[index].scene
             if scene is not None:
-                for patch, words in enumerate(scene_words(scene, rng)):
+                for patch, words in enumerate(sight.words(scene, rng)):
                     known = [self.word_id[word] for word in words]
                     bags[index, patch, : len(known)] = torch.tensor(known)
         return ids, weights, bags
 
-    def _row(self, draft: Draft, encoded: Any) -> tuple[list[int], list[float]]:
+    def _row(self, draft: Draft, encoded: Any, positions: int) -> tuple[list[int], list[float]]:
         """Ids and weights; turns or statements that do not end within the budget are left out.
 
         A draft that is no row of turns or statements (a caption) is kept whole.
         """
-        budget = TEXT_TOKENS + (PATCHES if draft.scene is not None else 0)
+        budget = TEXT_TOKENS + (positions if draft.scene is not None else 0)
         ids, weights = [self.tokenizer.bos_token_id], [0.0]
         complete = len(ids)
         for text, weight in draft.pieces:
-            piece = [-1] * PATCHES if text is None else next(encoded)
+            piece = [-1] * positions if text is None else next(encoded)
             ids += piece
             weights += [0.0 if text is None else weight] * len(piece)
             if (text is None or text in ENDS) and len(ids) <= budget:
@@ -101,7 +112,7 @@ def _bag_vocabulary() -> tuple[str, ...]:
 
 
 def embed(model: Any, ids: torch.Tensor, bags: torch.Tensor, noise: float) -> torch.Tensor:
-    """long[B, T], long[B, 36, 6] -> float[B, T, D]: word embeddings, their sums in the scene."""
+    """long[B, T], long[B, n, 6] -> float[B, T, D]: word embeddings, their sums in the scene."""
     import torch
 
     table = model.get_input_embeddings()
@@ -140,7 +151,7 @@ def new_model(vocabulary: int, seed: int) -> Any:
 def train_language(
     out: Path,
     *,
-    steps: int = 11000,
+    steps: int = 15000,
     batch_size: int = 16,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
@@ -155,22 +166,47 @@ def train_language(
     tokenizer = AutoTokenizer.from_pretrained(out)
     scribe = Scribe(tokenizer)
     model = new_model(len(tokenizer), seed)
-    first = round(steps * FIRST_CYCLE)
-    for lesson, start, end in ((mixture, 0, first), (practice_mixture, first, steps)):
-        _cycle(model, scribe, lesson, range(start, end), batch_size, seed, out, report)
+    for cycle in cycles(steps):
+        _cycle(model, scribe, cycle, batch_size, seed, out, report)
     quality = look_up(model, scribe, 300)
-    log.info("language look-up at the end %s", quality)
+    tiled = look_up(model, scribe, 300, TILED)
+    log.info("language look-up at the end %s, in tiles %s", quality, tiled)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record = {"seed": seed, "steps": steps, "batch_size": batch_size, "look_up": quality}
+    record = {"seed": seed, "steps": steps, "batch_size": batch_size, "look_up": quality,
+              "look_up_in_tiles": tiled}  # fmt: skip
     (out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """One cycle of the learning rate: which steps, what they teach, how many of them in tiles."""
+
+    lesson: Lesson
+    steps: range
+    tiled: float = 0.0
+
+
+def cycles(steps: int) -> tuple[Cycle, ...]:
+    """Everything; practice of hard questions; the same with wide scenes in tiles; multiple choice.
+
+    `tiled` steps show wide scenes, the others plain ones.
+    """
+    first, second, third = (round(steps * share) for share in CYCLES)
+    late = practice_mixture(LATE_KINDS, describe=0.1)
+    last = practice_mixture(LAST_KINDS, LAST_CHOICES, describe=0.1)
+    return (
+        Cycle(mixture, range(first)),
+        Cycle(practice_mixture(HARD_KINDS), range(first, second)),
+        Cycle(late, range(second, third), tiled=0.25),
+        Cycle(last, range(third, steps), tiled=0.15),
+    )
 
 
 def _cycle(
     model: Any,
     scribe: Scribe,
-    lesson: Lesson,
-    steps: range,
+    cycle: Cycle,
     batch_size: int,
     seed: int,
     out: Path,
@@ -179,13 +215,15 @@ def _cycle(
     """One cycle of the learning rate over one kind of lesson; the model is saved now and then."""
     import torch
 
+    steps = cycle.steps
     if steps.start:
         torch.manual_seed(seed + steps.start)
     rng = random.Random(f"language {seed}" + (f" from {steps.start}" if steps.start else ""))
     optimizer, schedule = _optimizer(model, len(steps))
     smoothed = None
     for step in steps:
-        loss = lesson_loss(model, scribe, lesson, step, batch_size, rng)
+        sight = TILED if cycle.tiled and rng.random() < cycle.tiled else WHOLE
+        loss = lesson_loss(model, scribe, cycle.lesson, step, batch_size, rng, sight)
         _learn(model, loss, optimizer)
         schedule.step()
         value = float(loss.detach())
@@ -211,7 +249,13 @@ def _optimizer(model: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def lesson_loss(
-    model: Any, scribe: Scribe, lesson: Lesson, step: int, batch_size: int, rng: random.Random
+    model: Any,
+    scribe: Scribe,
+    lesson: Lesson,
+    step: int,
+    batch_size: int,
+    rng: random.Random,
+    sight: Sight = WHOLE,
 ) -> torch.Tensor:
     """float[]: the weighted mean cross entropy over the drafts of a step."""
     import torch
@@ -219,7 +263,7 @@ def lesson_loss(
 
     first = FIRST_SCENE + step * batch_size
     drafts = [lesson(step, random_scene(first + k), rng) for k in range(batch_size)]
-    ids, weights, bags = scribe.batch(drafts, rng)
+    ids, weights, bags = scribe.batch(drafts, rng, sight)
     keep = weights[:, 1:] > 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embeds = embed(model, ids, bags, noise=0.4 * rng.random())
@@ -239,14 +283,14 @@ def _learn(model: Any, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> 
     optimizer.step()
 
 
-def look_up(model: Any, scribe: Scribe, scenes: int) -> dict[str, float]:
+def look_up(model: Any, scribe: Scribe, scenes: int, sight: Sight = WHOLE) -> dict[str, float]:
     """Share of short answers right per kind, teacher-forced, on scenes not trained on."""
     model.eval()
     rng = random.Random(5)
     scores = {}
     for kind in (*language.KINDS, "choice"):
         drafts = _exam(kind, scenes, rng)
-        right = _answered_right(model, scribe, drafts, rng)
+        right = _answered_right(model, scribe, drafts, rng, sight)
         scores[kind] = round(right / max(len(drafts), 1), 3)
     model.train()
     return scores
@@ -277,12 +321,14 @@ def _exam(kind: str, scenes: int, rng: random.Random) -> list[Draft]:
     return drafts
 
 
-def _answered_right(model: Any, scribe: Scribe, drafts: list[Draft], rng: random.Random) -> int:
+def _answered_right(
+    model: Any, scribe: Scribe, drafts: list[Draft], rng: random.Random, sight: Sight
+) -> int:
     """How many drafts have every weighted token as the likeliest one."""
     import torch
 
     with torch.inference_mode():
-        ids, weights, bags = scribe.batch(drafts, rng)
+        ids, weights, bags = scribe.batch(drafts, rng, sight)
         logits = model(inputs_embeds=embed(model, ids, bags, 0.0), use_cache=False).logits
         wrong = (logits[:, :-1].argmax(-1) != ids[:, 1:]) & (weights[:, 1:] > 0)
     return int((~wrong.any(1)).sum())

@@ -1,4 +1,4 @@
-"""What the pocket language model learns: scenes as words at 36 positions, and texts about them.
+"""What the pocket language model learns: scenes as words at positions, and texts about them.
 
 A draft is a text in pieces with a loss weight each; `language_backbone` turns drafts into tensors.
 """
@@ -9,18 +9,28 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pumice.world import language
-from pumice.world.scenes import COLUMNS, ROWS, Scene
+from pumice.world.scenes import CELL, COLUMNS, ROWS, Scene, widened
 from pumice.world.vision_backbone import GRID, patch_owner
 
 PATCHES = GRID * GRID
+# What a row of tiles ends with, in the place of a model's own row end.
+ROW_END = "\n"
 WARMUP = 600
 DROPPED_WORDS = 0.06
 QUESTION_WEIGHT = 0.1
-# The questions that need two steps, as often as they are practised.
-HARD_KINDS = (
-    "relation", "compare", "compare", "choice", "choice", "choice", "count_by", "count_by",
-    "exist_pair",
+# The questions that need two steps, as often as they are practised: at first, and at last (those
+# that come late: what two things have in common, and the letter of an option).
+HARD_KINDS = ("relation", "relation", "compare", "choice", "choice", "count_by", "exist_pair")
+LATE_KINDS = (
+    "relation", "compare", "compare", "choice", "choice", "choice", "choice", "count_by",
+)  # fmt: skip
+LAST_KINDS = ("relation", "compare", "count_by", "choice", "choice", "choice", "choice", "choice")
+# What is asked as multiple choice: everything, and at last what has many possible answers.
+LAST_CHOICES = (
+    "shape", "shape", "where", "where", "which", "which", "which", "ocr", "color", "texture",
 )  # fmt: skip
 DESCRIBE = ("Describe the image in detail.", "What do you see in the image?")
 BRIEFLY = ("Answer briefly.", "Give a short answer.")
@@ -44,18 +54,64 @@ def scene_words(scene: Scene, rng: random.Random | None) -> list[list[str]]:
     for patch in range(PATCHES):
         row, column = divmod(patch, GRID)
         words = [ROWS[row // 2], COLUMNS[column // 2]]
-        if owner[row, column] < 0:
-            words.append(scene.background)
-        else:
-            thing = scene.things[owner[row, column]]
-            words += (
-                ["sign", thing.word] if thing.is_sign
-                else [thing.size, thing.texture, thing.color, thing.shape]
-            )  # fmt: skip
+        words += _seen(scene, owner[row, column])
         if rng is not None:
             words = [word for word in words if rng.random() > DROPPED_WORDS] or words[:1]
         positions.append(words)
     return positions
+
+
+def tiled_scene_words(scene: Scene, rng: random.Random | None) -> list[list[str]]:
+    """A wide scene at 36 + 156 positions: a coarse view of the whole, then 12 rows of tiles.
+
+    The coarse view says places and seldom all of a thing, and never the word on a sign. The tiles
+    say all, but places only within a tile; each of their rows ends with a line break.
+    """
+    rng = rng or random.Random(scene.seed)
+    wide = widened(scene)
+    owner = np.full((2 * GRID, 2 * GRID), -1, dtype=np.int64)
+    near = patch_owner(scene)
+    for index, thing in enumerate(wide.things):
+        # A quarter of a place is 64 pixels: one patch of the whole, two by two of a tile.
+        row, column = (
+            int((low + high) / 2 // CELL) for low, high in (thing.box[1::2], thing.box[::2])
+        )
+        block = near[2 * thing.row : 2 * thing.row + 2, 2 * thing.column : 2 * thing.column + 2]
+        owner[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = np.where(
+            block == index, index, -1
+        )
+    positions = [_coarse_words(wide, owner, *divmod(patch, GRID), rng) for patch in range(PATCHES)]
+    for row in range(2 * GRID):
+        for column in range(2 * GRID):
+            place = [ROWS[row % GRID // 2], COLUMNS[column % GRID // 2]]
+            words = place if rng.random() < 0.5 else []
+            words += _seen(wide, owner[row, column])
+            positions.append([word for word in words if rng.random() > DROPPED_WORDS] or words[-1:])
+        positions.append([ROW_END])
+    return positions
+
+
+def _coarse_words(
+    scene: Scene, owner: np.ndarray, row: int, column: int, rng: random.Random
+) -> list[str]:
+    """What the view of the whole says at a patch: its place, and some of what is there."""
+    block = owner[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+    words = [ROWS[row // 2], COLUMNS[column // 2]]
+    index = int(block.max())
+    seen = _seen(scene, index)
+    if index >= 0 and scene.things[index].is_sign:
+        seen = ["sign"]
+    return words + [word for word in seen if index < 0 or rng.random() < 0.6]
+
+
+def _seen(scene: Scene, index: int) -> list[str]:
+    """The words of the thing with this index, or of the background for -1."""
+    if index < 0:
+        return [scene.background]
+    thing = scene.things[index]
+    if thing.is_sign:
+        return ["sign", thing.word]
+    return [thing.size, thing.texture, thing.color, thing.shape]
 
 
 def cloze(scene: Scene, rng: random.Random, *, harder: bool) -> Draft:
@@ -204,7 +260,9 @@ def plain_caption(scene: Scene, rng: random.Random) -> Draft:
     return draft
 
 
-def practice(scene: Scene, rng: random.Random) -> Draft:
+def practice(
+    scene: Scene, rng: random.Random, kinds: tuple[str, ...], choices: tuple[str, ...]
+) -> Draft:
     """A dialogue of the questions that need two steps, some with their steps asked before them.
 
     "Where is the circle?" and "Where is the star?" make "Is the circle left of the star?" easy;
@@ -212,8 +270,8 @@ def practice(scene: Scene, rng: random.Random) -> Draft:
     """
     turns: list[tuple[str, str]] = []
     for _ in range(6):
-        kind = rng.choice(HARD_KINDS)
-        asked = rng.choice(language.CHOICE_KINDS) if kind == "choice" else kind
+        kind = rng.choice(kinds)
+        asked = rng.choice(choices) if kind == "choice" else kind
         question = language.ask(scene, asked, rng)
         if question is None:
             continue
@@ -268,6 +326,18 @@ def _as_choice(question: language.Question, rng: random.Random) -> tuple[str, st
 Lesson = Callable[[int, Scene, random.Random], Draft]
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How a scene is written: at how many positions, and which words stand at each."""
+
+    positions: int
+    words: Callable[[Scene, random.Random | None], list[list[str]]]
+
+
+WHOLE = Sight(PATCHES, scene_words)
+TILED = Sight(PATCHES + 2 * GRID * (2 * GRID + 1), tiled_scene_words)
+
+
 def mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
     """The lesson of the first cycle: cloze alone at first, then everything."""
     while True:
@@ -276,16 +346,29 @@ def mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
             return draft
 
 
-def practice_mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
-    """The lesson of the second cycle: practice of the hard questions, and everything as before."""
-    while True:
-        draw = rng.random()
-        if draw < 0.6:
-            draft = practice(scene, rng)
-        else:
-            draft = describing(scene, rng) if draw < 0.7 else mixture(WARMUP, scene, rng)
-        if any(weight == 1.0 for _, weight in draft.pieces):
-            return draft
+def practice_mixture(
+    kinds: tuple[str, ...],
+    choices: tuple[str, ...] = language.CHOICE_KINDS,
+    describe: float = 0.0,
+) -> Lesson:
+    """The lesson of the later cycles: practice of these questions, and everything as before.
+
+    `describe` is the share of detailed descriptions beside those that come in any case.
+    """
+
+    def lesson(step: int, scene: Scene, rng: random.Random) -> Draft:
+        while True:
+            draw = rng.random()
+            if draw < 0.6:
+                draft = practice(scene, rng, kinds, choices)
+            elif draw < 0.6 + describe:
+                draft = describing(scene, rng)
+            else:
+                draft = mixture(WARMUP, scene, rng)
+            if any(weight == 1.0 for _, weight in draft.pieces):
+                return draft
+
+    return lesson
 
 
 def _drawn(step: int, scene: Scene, rng: random.Random) -> Draft:

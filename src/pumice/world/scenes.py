@@ -1,13 +1,14 @@
 """Scenes: the scene graph, its random generator and its renderer.
 
 A scene is a 192 x 192 picture of 3 x 3 places. A place holds at most one thing: a shape (each kind
-of shape at most once, so "the circle" is never ambiguous) or a sign with a word.
+of shape at most once, so "the circle" is never ambiguous) or a sign with a word. A wide scene is
+the same on 384 x 384 pixels with things of the same pixels, so they are half as large in it.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi, sin
 
@@ -76,6 +77,7 @@ class Scene:
     background: str
     things: tuple[Thing, ...]
     seed: int
+    pixels: int = SIZE
 
     @property
     def shapes(self) -> tuple[Thing, ...]:
@@ -99,6 +101,21 @@ def random_scene(seed: int) -> Scene:
         things.append(_random_sign(rng, places[-1]))
     things.sort(key=lambda thing: (thing.row, thing.column))
     return Scene(rng.choice(tuple(BACKGROUNDS)), tuple(things), seed)
+
+
+def widened(scene: Scene) -> Scene:
+    """The scene on a canvas twice as wide, its things with the pixels they had.
+
+    Each thing stands in one quarter of its place, so that no line through the middle cuts it.
+    """
+    rng = random.Random(f"wide {scene.seed}")
+    things = []
+    for thing in scene.things:
+        x = (thing.column + rng.randrange(2)) * CELL
+        y = (thing.row + rng.randrange(2)) * CELL
+        x0, y0, x1, y1 = thing.box
+        things.append(replace(thing, box=(x0 + x, y0 + y, x1 + x, y1 + y)))
+    return replace(scene, things=tuple(things), pixels=2 * SIZE)
 
 
 def _choose_shapes(rng: random.Random, count: int) -> list[str]:
@@ -222,14 +239,14 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw the scene: RGB, 192 x 192 pixels, with a little brightness noise per picture."""
+    """Draw the scene: RGB, `scene.pixels` wide and high, with a little brightness noise."""
     rng = random.Random(f"noise {scene.seed}")
     shift = [rng.randint(-7, 7) for _ in range(3)]
     background = tuple(
         min(255, max(0, channel + delta))
         for channel, delta in zip(BACKGROUNDS[scene.background], shift, strict=True)
     )
-    image = Image.new("RGB", (SIZE, SIZE), background)
+    image = Image.new("RGB", (scene.pixels, scene.pixels), background)
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
         if thing.is_sign:
