@@ -40,7 +40,7 @@ def spec_fingerprint(spec: StageSpec) -> str:
         {"sha256": sha256_file(entry.path), "weight": entry.weight, "cap": entry.cap}
         for entry in spec.data
     ]
-    content["vision"] = _folder_content(spec.vision)
+    content["vision"] = [_folder_content(folder) for folder in spec.vision]
     content["language"] = _folder_content(spec.language)
     content["init"] = None if spec.init is None else _checkpoint_content(spec.init)
     return sha256_bytes(json.dumps(content, sort_keys=True).encode())

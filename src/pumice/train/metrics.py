@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,12 +31,17 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@torch.no_grad()
 def part_hash(part: nn.Module) -> str:
     """A hash of all weights of a part, to show which parts a stage moved."""
+    return tensors_hash(part.named_parameters())
+
+
+@torch.no_grad()
+def tensors_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of tensors and their names."""
     digest = hashlib.sha256()
-    for name, parameter in part.named_parameters():
+    for name, tensor in named:
         digest.update(name.encode())
-        raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(raw.numpy().tobytes())
     return digest.hexdigest()

@@ -8,17 +8,29 @@ from __future__ import annotations
 import logging
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import read_json, sha256_bytes
+from pumice.train.adapters import (
+    LoraTraining,
+    adapter_files,
+    attach_adapters,
+    check_adapters,
+    merge_adapters,
+    set_trained,
+    should_move,
+    weight_hashes,
+)
 from pumice.train.fingerprint import spec_fingerprint, spec_record
 
 if TYPE_CHECKING:
     from pumice.data.loader import Loader
+    from pumice.models.feature_cache import FeatureCache
     from pumice.models.lmm import LMM
+    from pumice.models.tiling import TilingSpec
     from pumice.processing.processor import Processor
 
 log = logging.getLogger(__name__)
@@ -39,23 +51,28 @@ class DataSpec:
 class StageSpec:
     """Everything a stage depends on. `train` maps a part to its peak learning rate; others freeze.
 
-    `init` is the checkpoint to start from; without it the backbones are read and the connector is
+    `vision` is one backbone, or two that are fused. `init` is the checkpoint to start from; without
+    it the backbones are read and the connector is
     new. The stage trains with `template`; the saved model answers with `final_template`.
     """
 
     name: str
-    vision: Path
+    vision: tuple[Path, ...]
     vision_layer: int
     vision_select: Literal["patch", "cls_patch"]
+    vision_norm: bool = False
     connector: str
+    connector_options: dict[str, Any] = field(default_factory=dict)
     language: Path
     init: Path | None
-    image_mode: Literal["pad", "crop", "resize"]
+    image_mode: Literal["pad", "crop", "resize", "hd", "next"]
+    tiling: dict[str, Any] = field(default_factory=dict)
     template: str
     system: str | None
     final_template: str
     final_system: str | None
     train: dict[str, float]
+    lora: LoraTraining | None = None
     data: tuple[DataSpec, ...]
     steps: int | None
     epochs: float | None
@@ -84,11 +101,14 @@ class StageResult:
     peak_memory_bytes: int
 
 
-def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult:
+def run_stage(
+    spec: StageSpec, out: Path, *, resume: bool = True, features: FeatureCache | None = None
+) -> StageResult:
     """Train one stage into `out/<name>` and give its checkpoint there.
 
     A finished stage with the same spec is not run again; a stopped one goes on where it stopped
-    (`resume=False` starts over).
+    (`resume=False` starts over). What a frozen vision backbone gives is kept in `features`; that
+    changes the time a stage takes, and nothing else.
     """
     checkpoint = out / spec.name
     fingerprint = spec_fingerprint(spec)
@@ -96,23 +116,25 @@ def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult
     if done:
         log.info("stage %s is complete in %s", spec.name, checkpoint)
         return done
-    from pumice.models.checkpoint import save_checkpoint
-    from pumice.train.metrics import part_hash
     from pumice.train.trainer import Trainer
 
+    check_adapters(spec)
     _seed_everything(spec)
     lmm = _build_model(spec)
     processor = _build_processor(spec, lmm)
     loader = _build_loader(spec, processor)
     if spec.init is None:
         _match_connector_scale(lmm, loader)
+    if spec.lora is not None:
+        attach_adapters(lmm, spec.lora)
     _set_trainable(lmm, spec)
-    parts = {name: getattr(lmm, name) for name in PARTS}
-    before = {name: part_hash(part) for name, part in parts.items()}
+    if "vision" not in spec.train:
+        lmm.vision.use_cache(features)
+    before = weight_hashes(lmm, PARTS)
     trainer = Trainer(spec, lmm, loader, out, fingerprint=fingerprint)
     start = time.monotonic()
     report = trainer.run(resume=resume)
-    after = {name: part_hash(part) for name, part in parts.items()}
+    after = weight_hashes(lmm, PARTS)
     _check_moved(spec, before, after)
     result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - start, **report)
     final = processor.with_template(spec.final_template, spec.final_system)
@@ -121,12 +143,39 @@ def run_stage(spec: StageSpec, out: Path, *, resume: bool = True) -> StageResult
         "spec": spec_record(spec, out),
         "fingerprint": fingerprint,
         "parts": {n: {"before": before[n], "after": after[n], "moved": before[n] != after[n]}
-                  for n in PARTS},
+                  for n in before},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
     }  # fmt: skip
-    save_checkpoint(checkpoint, lmm, final.save, training)
+    _save(checkpoint, lmm, spec, final, training, loader)
     trainer.discard_states()
     return result
+
+
+def _save(
+    checkpoint: Path,
+    lmm: LMM,
+    spec: StageSpec,
+    processor: Processor,
+    training: dict[str, Any],
+    loader: Loader,
+) -> None:
+    """The whole model, or all but the language model and the adapter that changes it."""
+    from pumice.convert.adapter import language_tensors
+    from pumice.models.checkpoint import save_checkpoint
+
+    if spec.lora is None:
+        save_checkpoint(checkpoint, lmm, processor.save, training)
+    elif spec.lora.save == "merged":
+        training["lora"] = merge_adapters(lmm, loader.batch_at(0).to(lmm.device))
+        save_checkpoint(checkpoint, lmm, processor.save, training)
+    else:
+        training["lora"], write = adapter_files(lmm, spec, checkpoint, language_tensors)
+
+        def save(folder: Path) -> None:
+            processor.save(folder)
+            write(folder)
+
+        save_checkpoint(checkpoint, lmm, save, training, without="language.")
 
 
 def _finished(checkpoint: Path, fingerprint: str) -> StageResult | None:
@@ -155,31 +204,84 @@ def _seed_everything(spec: StageSpec) -> None:
 
 
 def _build_model(spec: StageSpec) -> LMM:
-    from pumice.models.checkpoint import load_lmm
+    from pumice.convert.adapter import load_checkpoint
     from pumice.models.lmm import LMM
 
     if spec.init is not None:
-        return load_lmm(spec.init)
+        return load_checkpoint(
+            spec.init, quantize=None if spec.lora is None else spec.lora.quantize
+        )
     return LMM.from_backbones(
-        spec.vision, spec.language, spec.connector, spec.vision_layer, spec.vision_select
+        spec.vision if len(spec.vision) > 1 else spec.vision[0],
+        spec.language,
+        spec.connector,
+        spec.vision_layer,
+        spec.vision_select,
+        norm=spec.vision_norm,
+        options=spec.connector_options,
+        tiling=_tiling(spec),
     )
 
 
-def _build_processor(spec: StageSpec, lmm: LMM) -> Processor:
-    from transformers import AutoTokenizer
+def check_model(spec: StageSpec) -> None:
+    """Refuse, before anything is made, parts that do not fit each other; no weight is read."""
+    import torch
 
+    from pumice.models.config import LMMConfig
+    from pumice.models.lmm import LMM
+    from pumice.models.pretrained import config_to_dict, read_config
+    from pumice.models.vision_pair import vision_data
+
+    config = LMMConfig(
+        vision=vision_data(spec.vision),
+        vision_layer=spec.vision_layer,
+        vision_select=spec.vision_select,
+        vision_norm=spec.vision_norm,
+        connector=spec.connector,
+        connector_options=spec.connector_options,
+        tiling=tiling.to_dict() if (tiling := _tiling(spec)) else None,
+        language=config_to_dict(read_config(spec.language, part="language model")),
+    )
+    with torch.device("meta"):
+        LMM.from_config(config, init=False)
+
+
+def _tiling(spec: StageSpec) -> TilingSpec | None:
+    """How the images of a stage are tiled: by default in tiles as large as the backbone's view."""
+    from pumice.models.tiling import TilingSpec
     from pumice.models.vision import read_image_stats
-    from pumice.processing.images import ImageSpec
-    from pumice.processing.processor import Processor
 
+    if spec.image_mode not in ("hd", "next"):
+        return None
+    view = read_image_stats(spec.vision)[0]
+    return TilingSpec.from_dict({"scheme": spec.image_mode, "tile": view, **spec.tiling})
+
+
+def _build_processor(spec: StageSpec, lmm: LMM) -> Processor:
+    from pumice.models.vision import read_image_stats
+    from pumice.processing.images import ImageSpec, Mode
+    from pumice.processing.processor import Processor
+    from pumice.processing.sentencepiece_tokenizer import read_tokenizer
+
+    modes: dict[str, Mode] = {"hd": "pad", "next": "resize"}
+    mode = modes.get(spec.image_mode) or cast("Mode", spec.image_mode)
     if spec.init is not None:
-        return Processor.load(spec.init).with_template(spec.template, spec.system)
+        processor = Processor.load(spec.init).with_template(spec.template, spec.system)
+        # LLaVA-1.5 crops its images to align and pads them to tune.
+        processor.image_spec = replace(processor.image_spec, mode=mode)
+        return processor
     size, mean, std = read_image_stats(spec.vision)
-    image_spec = ImageSpec(mode=spec.image_mode, size=size, mean=mean, std=std)
+    image_spec = ImageSpec(mode=mode, size=size, mean=mean, std=std, tiling=lmm.tiling)
     return Processor(
-        AutoTokenizer.from_pretrained(spec.language), image_spec, spec.template, spec.system,
+        read_tokenizer(spec.language),
+        image_spec,
+        spec.template,
+        spec.system,
         lmm.image_tokens,
-    )  # fmt: skip
+        view_side=lmm.view_side,
+        image_mark=lmm.cross_attention is not None,
+        instruction="language" if lmm.connector.wants_instruction else None,
+    )
 
 
 def _build_loader(spec: StageSpec, processor: Processor) -> Loader:
@@ -212,18 +314,15 @@ def _set_trainable(lmm: LMM, spec: StageSpec) -> None:
             f"{', '.join(PARTS)}. Correct `train` in the recipe."
         )
     for name in PARTS:
-        part = getattr(lmm, name)
         trained = name in spec.train
-        part.requires_grad_(trained)
-        part.train(trained)
-        count = sum(parameter.numel() for parameter in part.parameters())
+        count = set_trained(lmm, name, trained)
         rate = f"trained, learning rate {spec.train[name]:g}" if trained else "frozen"
         log.info("stage %s: %-9s %12s parameters, %s", spec.name, name, f"{count:,}", rate)
 
 
 def _check_moved(spec: StageSpec, before: dict[str, str], after: dict[str, str]) -> None:
     """What was trained is what was asked: frozen parts are bit-equal, trained ones are not."""
-    for name in PARTS:
+    for name in before:
         moved = before[name] != after[name]
-        if moved != (name in spec.train):
+        if moved != should_move(spec, name):
             raise AssertionError(f"stage {spec.name}: part {name} moved={moved}")

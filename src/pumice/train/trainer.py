@@ -52,7 +52,7 @@ class Trainer:
         self.states = out / f"{spec.name}.states"
         self.total = spec.steps or math.ceil((spec.epochs or 1) * loader.steps_per_epoch)
         self.trained = [p for p in lmm.parameters() if p.requires_grad]
-        parts = {name: getattr(lmm, name) for name in spec.train}
+        parts = {name: lmm.part(name) for name in spec.train}
         self.optimizer = build_optimizer(parts, spec.train, spec.weight_decay)
         self.autocast = mixed_precision_pays()
         self.supervised = 0
