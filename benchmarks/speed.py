@@ -226,7 +226,7 @@ def training_in(bench: Bench, batches: list[Batch], loader: Loader, dtype: str) 
 def own_trainer(bench: Bench, lmm: LMM, loader: Loader, autocast: bool) -> Trainer:
     """The trainer of a run, whose step is measured as it is."""
     spec = StageSpec(
-        name="speed", vision=bench.checkpoint, vision_layer=-1, vision_select="patch",
+        name="speed", vision=(bench.checkpoint,), vision_layer=-1, vision_select="patch",
         connector="mlp2x_gelu", language=bench.checkpoint, init=bench.checkpoint, image_mode="pad",
         template="vicuna_v1", system="", final_template="vicuna_v1", final_system="",
         train={"connector": RATE, "language": RATE}, data=(), steps=10**6, epochs=None,
