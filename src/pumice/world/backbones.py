@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 VISION_STEPS = 7000
-LANGUAGE_STEPS = 15000
+LANGUAGE_STEPS = 13000
 QUALITY = "quality.json"
 SECONDS_BETWEEN_NEWS = 0.5
 

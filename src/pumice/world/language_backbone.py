@@ -19,8 +19,6 @@ from pumice.core.log import get_logger
 from pumice.world import language
 from pumice.world.lessons import (
     HARD_KINDS,
-    LAST_CHOICES,
-    LAST_KINDS,
     LATE_KINDS,
     ROW_END,
     TILED,
@@ -43,7 +41,7 @@ log = get_logger(__name__)
 TEXT_TOKENS = 100
 PEAK_RATE = 1.5e-3
 # The shares of the steps at which a cycle of the learning rate ends and the next begins.
-CYCLES = (7 / 15, 10 / 15, 13 / 15)
+CYCLES = (7 / 13, 10 / 13)
 SAVE_EVERY = 1000
 # The pieces of text that end a turn or a statement.
 ENDS = ("</s>", ".")
@@ -151,7 +149,7 @@ def new_model(vocabulary: int, seed: int) -> Any:
 def train_language(
     out: Path,
     *,
-    steps: int = 15000,
+    steps: int = 13000,
     batch_size: int = 16,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
@@ -188,18 +186,12 @@ class Cycle:
 
 
 def cycles(steps: int) -> tuple[Cycle, ...]:
-    """Everything; practice of hard questions; the same with wide scenes in tiles; multiple choice.
-
-    `tiled` steps show wide scenes, the others plain ones.
-    """
-    first, second, third = (round(steps * share) for share in CYCLES)
-    late = practice_mixture(LATE_KINDS, describe=0.1)
-    last = practice_mixture(LAST_KINDS, LAST_CHOICES, describe=0.1)
+    """Everything; then practice of the hard questions; then the same, with wide scenes in tiles."""
+    first, second = (round(steps * share) for share in CYCLES)
     return (
         Cycle(mixture, range(first)),
         Cycle(practice_mixture(HARD_KINDS), range(first, second)),
-        Cycle(late, range(second, third), tiled=0.25),
-        Cycle(last, range(third, steps), tiled=0.15),
+        Cycle(practice_mixture(LATE_KINDS, describe=0.1), range(second, steps), tiled=0.25),
     )
 
 

@@ -27,11 +27,6 @@ HARD_KINDS = ("relation", "relation", "compare", "choice", "choice", "count_by",
 LATE_KINDS = (
     "relation", "compare", "compare", "choice", "choice", "choice", "choice", "count_by",
 )  # fmt: skip
-LAST_KINDS = ("relation", "compare", "count_by", "choice", "choice", "choice", "choice", "choice")
-# What is asked as multiple choice: everything, and at last what has many possible answers.
-LAST_CHOICES = (
-    "shape", "shape", "where", "where", "which", "which", "which", "ocr", "color", "texture",
-)  # fmt: skip
 DESCRIBE = ("Describe the image in detail.", "What do you see in the image?")
 BRIEFLY = ("Answer briefly.", "Give a short answer.")
 
@@ -260,9 +255,7 @@ def plain_caption(scene: Scene, rng: random.Random) -> Draft:
     return draft
 
 
-def practice(
-    scene: Scene, rng: random.Random, kinds: tuple[str, ...], choices: tuple[str, ...]
-) -> Draft:
+def practice(scene: Scene, rng: random.Random, kinds: tuple[str, ...]) -> Draft:
     """A dialogue of the questions that need two steps, some with their steps asked before them.
 
     "Where is the circle?" and "Where is the star?" make "Is the circle left of the star?" easy;
@@ -271,7 +264,7 @@ def practice(
     turns: list[tuple[str, str]] = []
     for _ in range(6):
         kind = rng.choice(kinds)
-        asked = rng.choice(choices) if kind == "choice" else kind
+        asked = rng.choice(language.CHOICE_KINDS) if kind == "choice" else kind
         question = language.ask(scene, asked, rng)
         if question is None:
             continue
@@ -346,11 +339,7 @@ def mixture(step: int, scene: Scene, rng: random.Random) -> Draft:
             return draft
 
 
-def practice_mixture(
-    kinds: tuple[str, ...],
-    choices: tuple[str, ...] = language.CHOICE_KINDS,
-    describe: float = 0.0,
-) -> Lesson:
+def practice_mixture(kinds: tuple[str, ...], describe: float = 0.0) -> Lesson:
     """The lesson of the later cycles: practice of these questions, and everything as before.
 
     `describe` is the share of detailed descriptions beside those that come in any case.
@@ -360,7 +349,7 @@ def practice_mixture(
         while True:
             draw = rng.random()
             if draw < 0.6:
-                draft = practice(scene, rng, kinds, choices)
+                draft = practice(scene, rng, kinds)
             elif draw < 0.6 + describe:
                 draft = describing(scene, rng)
             else:
