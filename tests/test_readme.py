@@ -11,6 +11,7 @@ import pytest
 
 import pumice
 from command_lines import code_blocks, parse
+from pumice.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,7 +60,13 @@ def test_the_check_refuses(line: str) -> None:
 @each_document
 def test_inline_commands_parse(path: Path) -> None:
     for text in re.findall(r"`(pumice [^`\n]+)`", path.read_text(encoding="utf-8")):
-        if "--help" not in text:
+        if "--help" in text:
+            continue
+        if len(text.split()) == 2:
+            assert text.split()[1] in {command.name for command in app.registered_commands} | {
+                group.name for group in app.registered_groups
+            }, text
+        else:
             check(text)
 
 

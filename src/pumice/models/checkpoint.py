@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from pumice.core.errors import PumiceError
+from pumice.core.errors import PumiceError, some_of
 from pumice.core.files import read_json, write_json
 from pumice.models.config import LMMConfig
 from pumice.models.lmm import LMM
+from pumice.models.lora import has_lora
+from pumice.models.quantize import (
+    Method,
+    QuantizedLinear,
+    full_shapes,
+    quantize_language,
+    quantized_as,
+)
+from pumice.models.tensor_files import WEIGHTS, TensorFiles, shape_of
 
 FORMAT = "pumice"
 VERSION = 1
-WEIGHTS = "model.safetensors"
 
 
 def save_checkpoint(
@@ -32,12 +41,15 @@ def save_checkpoint(
     training: dict[str, Any],
     *,
     dtype: torch.dtype | None = None,
+    without: str | None = None,
 ) -> None:
     """Writes a checkpoint in full or not at all; an older one at the same place is replaced.
 
     `processor_save` writes the processor's files; `training` says how the weights were made;
-    `dtype` stores the weights in another type than they have.
+    `dtype` stores the weights in another type than they have; tensors whose names begin with
+    `without` are left out (an adapter that `processor_save` writes beside them names their place).
     """
+    _check_whole(lmm, without)
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f".{directory.name}.{os.getpid()}.new")
@@ -50,9 +62,13 @@ def save_checkpoint(
         write_json(fresh / "config.json", config)
         state = lmm.state_dict()
         tensors = {
-            name: state[name].detach().to("cpu", dtype).contiguous() for name in _stored_names(lmm)
+            name: state[name].detach().to("cpu", dtype).contiguous()
+            for name in _stored_names(lmm)
+            if without is None or not name.startswith(without)
         }
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        # safetensors leaves its file to its owner alone; a checkpoint is for the whole team.
+        (fresh / WEIGHTS).chmod((fresh / "config.json").stat().st_mode)
         write_json(fresh / "training.json", training)
         if processor_save is not None:
             processor_save(fresh)
@@ -70,32 +86,125 @@ def load_lmm(
     device: torch.device | str | None = None,
     *,
     attention: str | None = None,
+    quantize: Method | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> LMM:
-    """The model of a checkpoint directory, in evaluation mode; float32 unless `dtype` is given."""
+    """The model of a checkpoint directory, in evaluation mode; float32 unless `dtype` is given.
+
+    `quantize` stores the language model's linear layers in 8 or 4 bits, each as it is read.
+    `tensors` are taken in place of the directory's own, under the same names. The weights are
+    copies: training on does not depend on the file.
+    """
     directory = Path(directory)
-    lmm = LMM.from_config(read_lmm_config(directory), attention=attention, init=False)
-    if dtype is not None:
-        lmm.to(dtype)
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise PumiceError(
-            f"{directory} has no {WEIGHTS}; a checkpoint holds config.json and {WEIGHTS}. Copy the "
-            f"directory again in full."
-        )
-    state = lmm.state_dict()
-    names = _stored_names(lmm)
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            _check_fit(path, shapes, {name: tuple(state[name].shape) for name in names})
-            with torch.no_grad():
-                for name in names:
-                    state[name].copy_(file.get_tensor(name))
-    except SafetensorError as error:
-        raise PumiceError(
-            f"{path} cannot be read: {error}. A whole safetensors file is needed; copy it again."
-        ) from error
+    config = read_lmm_config(directory)
+    if tensors is None:
+        tensors = TensorFiles.of_folder(directory)
+    return build_lmm(
+        config,
+        tensors,
+        directory,
+        dtype=dtype or torch.float32,
+        device=device,
+        attention=attention,
+        quantize=quantize,
+        copy=True,
+    )
+
+
+def build_lmm(
+    config: LMMConfig,
+    tensors: Mapping[str, torch.Tensor],
+    source: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    attention: str | None = None,
+    quantize: Method | None = None,
+    copy: bool = False,
+) -> LMM:
+    """The model of `config` with exactly these tensors, in evaluation mode; `source` names them.
+
+    It is built without weights, and each tensor takes its place as it is read: there is never a
+    second copy. Without `copy` those that have the right type and device stay what `tensors` gave,
+    for files views of the mapped file. Raises PumiceError and leaves no half-filled model.
+    """
+    with _weightless():
+        lmm = LMM.from_config(config, attention=attention, init=False)
+        if quantize is not None:
+            quantize_language(lmm.language, quantize, fill=False)
+    wanted = full_shapes(lmm)
+    known = {name: shape_of(tensors, name) for name in tensors}
+    _check_fit(
+        source, {n: s if s is not None else wanted.get(n, ()) for n, s in known.items()}, wanted
+    )
+    places = _places(lmm)
+    for name in tensors:
+        tensor = tensors[name]
+        if known[name] is None:
+            _check_fit(source, {name: tuple(tensor.shape)}, {name: wanted[name]})
+        _put(lmm, name, tensor.to(device, dtype, copy=copy), places)
+    # What no file holds (positions, rotary tables) was computed when the model was built.
     return lmm.to(device).eval() if device is not None else lmm.eval()
+
+
+def check_tensors(
+    config: LMMConfig, tensors: Mapping[str, torch.Tensor], source: Path | str
+) -> None:
+    """Raises PumiceError unless these are, by name and shape, what a model of `config` holds."""
+    wanted = model_shapes(config)
+    known = {name: shape_of(tensors, name) for name in tensors}
+    found = {n: s if s is not None else wanted.get(n, ()) for n, s in known.items()}
+    _check_fit(source, found, wanted)
+
+
+def model_shapes(config: LMMConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of every tensor that a model of `config` stores; nothing is computed."""
+    with _weightless():
+        return full_shapes(LMM.from_config(config, init=False))
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """New parameters take no memory; buffers are real, since files do not hold all of them."""
+    register = nn.Module.register_parameter
+
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # One that is empty already keeps its identity: it may be tied to another.
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _places(lmm: LMM) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each parameter stands, by its identity; a tied one stands in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in lmm.modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((module, leaf))
+    return places
+
+
+def _put(
+    lmm: LMM, name: str, tensor: torch.Tensor, places: dict[int, list[tuple[nn.Module, str]]]
+) -> None:
+    owner, _, leaf = name.rpartition(".")
+    layer = lmm.get_submodule(owner)
+    if isinstance(layer, QuantizedLinear) and leaf == "weight":
+        layer.fill(tensor)
+        return
+    empty = getattr(layer, leaf)
+    if not isinstance(empty, nn.Parameter):
+        setattr(layer, leaf, tensor)
+        return
+    filled = nn.Parameter(tensor, requires_grad=empty.requires_grad)
+    for module, place in places[id(empty)]:
+        setattr(module, place, filled)
 
 
 def read_lmm_config(directory: Path | str) -> LMMConfig:
@@ -124,6 +233,20 @@ def read_lmm_config(directory: Path | str) -> LMMConfig:
     return LMMConfig.from_dict({k: v for k, v in data.items() if k not in ("format", "version")})
 
 
+def _check_whole(lmm: LMM, without: str | None) -> None:
+    method = quantized_as(lmm)
+    if without is None and method is not None:
+        raise PumiceError(
+            f"the language model is quantised ({method}); a checkpoint holds full precision. Load "
+            f"the model without quantisation to save it."
+        )
+    if without is None and has_lora(lmm):
+        raise PumiceError(
+            "the language model has adapters on; merge them (`merge_lora`), or save them as an "
+            "adapter."
+        )
+
+
 def _stored_names(lmm: LMM) -> list[str]:
     # A tied LM head is a second name of the embedding; safetensors stores each tensor once.
     aliases = {name for name, _ in lmm.named_parameters(remove_duplicate=False)}
@@ -132,7 +255,7 @@ def _stored_names(lmm: LMM) -> list[str]:
 
 
 def _check_fit(
-    path: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+    path: Path | str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
 ) -> None:
     misshapen = [
         f"{name} is {found[name]}, expected {shape}"
@@ -144,14 +267,9 @@ def _check_fit(
         "unexpected": [name for name in found if name not in wanted],
         "wrong shape": misshapen,
     }
-    told = [f"{what}: {_some(names)}" for what, names in complaints.items() if names]
+    told = [f"{what}: {some_of(names)}" for what, names in complaints.items() if names]
     if told:
         raise PumiceError(
             f"{path} does not fit its config.json. {'; '.join(told)}. The file must hold exactly "
             f"the tensors of the config; take config.json and {WEIGHTS} of the same checkpoint."
         )
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

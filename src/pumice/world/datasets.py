@@ -36,8 +36,8 @@ DETAIL_INSTRUCTIONS = (
 OPENINGS = ("What do you see in the image?", "What is in this picture?")
 # Shares of the instruction mixture, after the rows of LLaVA-1.5's 665K mixture.
 MIXTURE = {
-    "conversation": 0.07, "detail": 0.13, "reasoning": 0.03, "vqa": 0.29, "ocr": 0.02,
-    "choice": 0.32, "region": 0.10, "text": 0.04,
+    "conversation": 0.06, "detail": 0.11, "reasoning": 0.03, "vqa": 0.13, "ocr": 0.15,
+    "choice": 0.40, "region": 0.08, "text": 0.04,
 }  # fmt: skip
 # How often a kind is asked as multiple choice: those with many possible answers take longest.
 CHOICE_SHARES = {
