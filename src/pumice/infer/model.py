@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pumice.convert.open import open_model
 from pumice.core.errors import PumiceError
 from pumice.core.registry import suggest
 from pumice.core.shipped import resolve_model
@@ -14,14 +15,14 @@ from pumice.core.types import Message, Request, Result, Sampling, user
 from pumice.infer.engine import Engine
 from pumice.infer.placement import placement
 from pumice.infer.requests import chat_messages
-from pumice.models.checkpoint import load_lmm
-from pumice.processing.processor import Processor
+from pumice.models.quantize import check_method, pack_for_cpu
 
 if TYPE_CHECKING:
     import PIL.Image
     import torch
 
     from pumice.models.lmm import LMM
+    from pumice.processing.processor import Processor
 
     ImageLike = str | Path | bytes | PIL.Image.Image
 
@@ -76,15 +77,34 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     max_batch: int = 16,
+    quantize: str | None = None,
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
+    template: str | None = None,
 ) -> Model:
-    """The model of a checkpoint directory, or a shipped one by its name.
+    """The model of a directory, whoever wrote it, or a shipped one by its name.
 
-    Without `device` the GPU if there is one; without `dtype` bfloat16 there and float32 on CPU.
+    pumice, Hugging Face LLaVA, LLaVA-NeXT, InstructBLIP and IDEFICS, original LLaVA, and a language
+    model alone are recognised by what lies in the directory. Without `device` the GPU if there is
+    one; without `dtype` bfloat16 there and float32 on CPU. `quantize` ("int8" or "int4") holds the
+    language model's linear layers in so many bits. `base` is the language model that a connector or
+    an adapter belongs to, `vision` the vision backbone that a checkpoint only names, `template` the
+    name of a conversation template where the directory does not say it.
     """
+    method = None if quantize is None else check_method(quantize)
     where, precision = placement(device, dtype)
     directory = resolve_model(name_or_dir)
-    lmm = load_lmm(directory, dtype=precision, device=where)
-    return Model(lmm, Processor.load(directory), max_batch)
+    lmm, processor = open_model(
+        directory,
+        precision,
+        where,
+        quantize=method,
+        base=base,
+        vision=vision,
+        template=template,
+    )
+    pack_for_cpu(lmm)
+    return Model(lmm, processor, max_batch)
 
 
 def _question(text: str, images: Sequence[ImageLike], sampling: dict[str, Any]) -> Request:

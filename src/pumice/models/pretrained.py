@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, initialization
 from transformers.utils import logging as hf_logging
 
-from pumice.core.errors import PumiceError
+from pumice.core.errors import PumiceError, some_of
+from pumice.core.files import entries_of
 
 # Not architecture: where a backbone came from (the first even names a machine), labels of classes.
 _NOT_ARCHITECTURE = (
@@ -55,8 +56,7 @@ def read_config(folder: Path | str, *, part: str) -> Any:
     """The config of a Hugging Face folder; anything else is an error that says what was found."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
-        state = f"it holds {found or 'nothing'}" if folder.is_dir() else "no such directory"
+        state = f"it holds {entries_of(folder)}" if folder.is_dir() else "no such directory"
         raise PumiceError(
             f"the {part} needs a Hugging Face folder with a config.json; given {folder} ({state}). "
             f"Give the directory that holds config.json and the weights."
@@ -85,7 +85,7 @@ def load_pretrained(
     `spare` names the submodules of the model whose weights may be missing.
     """
     try:
-        with _quiet():
+        with quiet():
             model, info = auto.from_pretrained(
                 folder,
                 config=config,
@@ -102,13 +102,13 @@ def load_pretrained(
         ) from error
     unneeded = tuple(f"{name}." for name in spare(model))
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unneeded))
-    complaints = [f"missing: {_some(missing)}"] if missing else []
+    complaints = [f"missing: {some_of(missing)}"] if missing else []
     if info["mismatched_keys"]:
         shapes = [
             f"{key} is {tuple(was)}, expected {tuple(want)}"
             for key, was, want in sorted(info["mismatched_keys"], key=lambda entry: str(entry[0]))
         ]
-        complaints.append(f"wrong shape: {_some(shapes)}")
+        complaints.append(f"wrong shape: {some_of(shapes)}")
     if complaints:
         raise PumiceError(
             f"the weights in {folder} do not fit its config.json ({part}). "
@@ -127,7 +127,8 @@ def without_init(skip: bool) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """transformers loads without its own bars and warnings while this lasts."""
     # transformers would draw a bar, and report the blocks left out on purpose as suspicious.
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -138,8 +139,3 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" (+{len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
