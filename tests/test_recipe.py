@@ -70,7 +70,7 @@ def test_a_later_override_wins_and_a_null_section_can_be_filled() -> None:
         ("modle.connector=linear", ["modle ", "'model'"]),
         ("stages.tune.train.languge=1e-3", ["stages.tune.train.languge ", "'language'"]),
         ("stages.tune.data.0.pth=x", ["stages.tune.data.0.pth ", "'path'"]),
-        ("model.image=padd", ["model.image ", "'pad', 'crop' or 'resize'", "Did you mean 'pad'"]),
+        ("model.image=padd", ["model.image ", "'pad', 'crop', 'resize', 'hd' or", "mean 'pad'"]),
         ("stages.tune.train.language=fast", ["stages.tune.train.language ", "must be a number"]),
         ("stages.tune.steps=2.5", ["stages.tune.steps ", "must be a whole number"]),
         ("stages.tune.steps=true", ["stages.tune.steps ", "must be a whole number"]),
@@ -158,3 +158,69 @@ def test_yaml_written_is_read_back() -> None:
     value = {"b": 1e-05, "a": [1, None, "1e-3", "ü"], "c": {"d": True}}
     assert parse_yaml(dump_yaml(value), "test") == value
     assert list(parse_yaml(dump_yaml(value), "test")) == ["b", "a", "c"]
+
+
+# --- base -----------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_says_only_what_it_changes(tmp_path: Path) -> None:
+    """Mappings are merged, lists and null replace; what was published stays with the base."""
+    text = """
+base: llava15-7b
+name: mine
+model: {connector: linear, system: null}
+stages:
+  align: null
+  tune: {batch_size: 8, data: [{path: a.json, images: .}], train: {language: null}}
+"""
+    base, mine = load_recipe("llava15-7b"), load_recipe(str(write(tmp_path / "mine.yaml", text)))
+    assert mine.model == base.model.model_copy(update={"connector": "linear"})
+    assert [name for name, _ in mine.stage_list()] == ["tune"]
+    tune, theirs = mine.stages.tune, base.stages.tune
+    assert tune is not None and theirs is not None
+    assert [entry.path for entry in tune.data] == ["a.json"]
+    assert tune.train == {"connector": 2e-5}
+    assert (tune.batch_size, tune.epochs, tune.clip) == (8, theirs.epochs, None)
+    assert base.published is not None and mine.published is None
+    assert (mine.seed, mine.source) == (base.seed, base.source)
+
+
+def test_a_base_may_have_a_base_and_lie_beside(tmp_path: Path) -> None:
+    write(tmp_path / "lower.yaml", "base: pocket-hd\nname: lower\nseed: 5\n")
+    upper = write(tmp_path / "upper.yaml", "base: lower.yaml\nname: upper\nworld: {wide: false}\n")
+    recipe = load_recipe(str(upper), ["model.tiling.max_tiles=2"])
+    assert (recipe.name, recipe.seed, recipe.model.image) == ("upper", 5, "hd")
+    assert recipe.world is not None and (recipe.world.wide, recipe.world.images) == (False, 6000)
+    assert recipe.model.tiling == {"max_tiles": 2}
+
+
+def test_a_base_that_cannot_be(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for base, said in [
+        ("pockte", "Did you mean 'pocket'?"),
+        ("gone.yaml", "gone.yaml does not exist"),
+        ("mine.yaml", "is its own base"),
+        ("null", "base in"),
+        ("[pocket]", "the name of a shipped recipe or a YAML file"),
+    ]:
+        assert said in refusal(str(write(file, f"base: {base}\nname: mine\n"))), base
+    write(tmp_path / "other.yaml", "base: mine.yaml\n")
+    assert "is its own base, by way of" in refusal(str(write(file, "base: other.yaml\n")))
+    assert "base is an unknown key" in refusal("pocket", "base=llava")
+    assert "stages.tune.btch is an unknown key" in refusal(
+        str(write(file, "base: pocket\nstages: {tune: {btch: 1}}\n"))
+    )
+
+
+def test_null_freezes_a_part_and_hides_no_mistake() -> None:
+    tune = load_recipe("pocket", ["stages.tune.train.language=null"]).stages.tune
+    assert tune is not None and list(tune.train) == ["connector"]
+    assert "stages.tune.train.languge is an unknown key" in refusal(
+        "pocket", "stages.tune.train.languge=null"
+    )
+    assert "stages.align.train " in refusal("pocket", "stages.align.train.connector=null")

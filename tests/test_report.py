@@ -11,12 +11,26 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+import tiny
+from pumice.cli.run_report import _tiling
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.charts import interval_plot, loss_chart, nice_ticks, running_mean
 from pumice.eval.examples import pick_examples
-from pumice.eval.report import Example, ReportData, ScoreRow, score_row, verdict, write_report
+from pumice.eval.report import (
+    Example,
+    ReportData,
+    ScoreRow,
+    Tiling,
+    score_row,
+    verdict,
+    write_report,
+)
 from pumice.eval.runner import rescore
+from pumice.models.tiling import TilingSpec
+from pumice.processing.images import ImageSpec
+from pumice.processing.processor import Processor
 
 VOID = {"meta", "img", "br", "line", "circle", "path", "rect"}
 
@@ -97,6 +111,39 @@ def test_every_section_is_there_and_an_empty_one_is_not(tmp_path: Path) -> None:
     assert "3 items ended in an error" in full
     write_report(tmp_path / "bare.html", ReportData(title="bare", scores=[]))
     assert "<h2>" not in (tmp_path / "bare.html").read_text(encoding="utf-8")
+
+
+def test_tiles_are_shown_where_a_model_tiles(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    tiling = Tiling(drawing=picture((300, 200)), words="2 x 1 tiles & 40 image tokens")
+    write_report(path, ReportData(title="hd", scores=[], tiling=tiling))
+    page = path.read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Tiles"]
+    assert "2 x 1 tiles &amp; 40 image tokens" in page
+    assert page.count('class="tiles" alt="The image cut into tiles" src="data:image/png;') == 1
+
+
+def test_the_largest_example_is_tiled(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.tokenizer_folder(tmp_path / "words"))
+    examples = [
+        Example(question="q", answer="a", truth="a", right=True, image=image)
+        for image in (picture((20, 20)), picture((64, 32)), None)
+    ]
+    hd = ImageSpec("pad", 32, tiling=TilingSpec("hd", 32))
+    for spec, extra, said in [
+        (hd, {"view_side": 4}, "2 x 1 tiles of 32 pixels, 3 views and 52 image tokens: 16 of"),
+        (hd, {"image_mark": True}, "3 views and one position in the text"),
+        (ImageSpec("pad", 32), {"view_side": 4}, None),
+    ]:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        Processor(tokenizer, spec, "vicuna_v1", "", 16, **extra).save(folder)  # type: ignore[arg-type]
+        tiling = _tiling(folder, examples)
+        assert (tiling is None) == (said is None)
+        if tiling is not None and said is not None:
+            assert said in tiling.words
+            assert PIL.Image.open(io.BytesIO(tiling.drawing)).format == "PNG"
+        assert _tiling(folder, examples[2:]) is None
 
 
 def test_small_pictures_stay_exact_and_large_ones_shrink(tmp_path: Path) -> None:

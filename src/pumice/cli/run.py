@@ -18,14 +18,18 @@ from pumice.cli.world import ensure_world
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pumice.eval.scores import Scores
-    from pumice.recipe.schema import Recipe, Stage
+    from pumice.models.feature_cache import FeatureCache
+    from pumice.recipe.schema import Lora, Recipe, Stage
+    from pumice.train.adapters import LoraTraining
     from pumice.train.stages import StageResult, StageSpec
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
-_FREE_KEYS = {"name", "about", "source", "eval"}
+_FREE_KEYS = {"name", "about", "source", "published", "eval"}
 # Where the data and the backbones lie may change; their content is compared by each stage.
-_FREE_PLACES = {"data": True, "model": {"vision", "language"}}
+_FREE_PLACES = {"data": True, "model": {"vision", "language", "connector_from"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,15 @@ def run(
         Literal["align", "tune"] | None, typer.Option("--stage", help="Run this stage only.")
     ] = None,
     resume: ResumeOption = "auto",
+    feature_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep image features of a frozen vision backbone here, for reuse."
+        ),
+    ] = None,
+    feature_cache_gb: Annotated[
+        float | None, typer.Option(metavar="N", help="Write at most N GB of image features.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe: train, evaluate, report.
@@ -70,12 +83,13 @@ def run(
     check_one_process()
     loaded = load_recipe(recipe, overrides or [])
     check_choices(loaded, stage)
+    cache = _feature_cache(feature_cache, feature_cache_gb)
     going_on = resume == "auto" and check_same_recipe(loaded, out)
     data = prepare_data(loaded, out)
     if not going_on:
         keep_recipe(loaded, out)
     specs = [spec for spec in stage_specs(loaded, data, out) if stage is None or spec.name == stage]
-    results = [run_one(spec, out, resume=resume == "auto") for spec in specs]
+    results = [run_one(spec, out, resume=resume == "auto", features=cache) for spec in specs]
     # Again: only now is it known that a run that goes on has the data and backbones it began with.
     keep_recipe(loaded, out)
     evaluated = None
@@ -103,9 +117,9 @@ def check_one_process() -> None:
 
 def check_choices(recipe: Recipe, stage: str | None) -> None:
     """Every name in the recipe means something, before anything is made or trained."""
-    from pumice.core.shipped import resolve_backbone
-    from pumice.models.connectors import build_connector
+    from pumice.processing.own_template import OWN
     from pumice.processing.templates import TEMPLATES
+    from pumice.train.stages import check_model
 
     names = [name for name, _ in recipe.stage_list()]
     if stage is not None and stage not in names:
@@ -113,14 +127,20 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
             f"recipe {recipe.name!r} has no stage {stage!r}; it has: {', '.join(names)}. Leave "
             "--stage out to run all of them."
         )
-    resolve_backbone(recipe.model.vision)
-    resolve_backbone(recipe.model.language)
-    build_connector(recipe.model.connector, 64, 64, 16)
+    check_model(_stage_spec(recipe, *recipe.stage_list()[0], data=Path(), init=None))
     for template in (recipe.model.template, *(s.template for _, s in recipe.stage_list())):
-        if template is not None:
+        if template not in (None, OWN):
             TEMPLATES[template]
     if recipe.eval is not None:
         named_benchmarks(recipe.eval.benchmarks)
+
+
+def connector_source(name: str) -> Path:
+    """The folder, or the file of weights, that a recipe's `connector_from` names."""
+    from pumice.core.shipped import resolve_backbone
+
+    file = Path(name).expanduser()
+    return file if file.is_file() else resolve_backbone(name)
 
 
 def check_same_recipe(recipe: Recipe, out: Path) -> bool:
@@ -165,36 +185,53 @@ def prepare_data(recipe: Recipe, out: Path) -> Path:
     return data
 
 
-def stage_specs(recipe: Recipe, data: Path, out: Path) -> list[StageSpec]:
-    """The recipe's stages as the training room takes them, each starting from the one before."""
+def stage_specs(
+    recipe: Recipe, data: Path, out: Path, find: Callable[[str], Path] | None = None
+) -> list[StageSpec]:
+    """The recipe's stages as the training room takes them, each starting from the one before.
+
+    `find` gives the folder of a backbone by its name; left out, one with its weights.
+    """
     specs: list[StageSpec] = []
     for name, stage in recipe.stage_list():
         init = out / specs[-1].name if specs else None
-        specs.append(_stage_spec(recipe, name, stage, data, init))
+        specs.append(_stage_spec(recipe, name, stage, data, init, find))
     return specs
 
 
 def _stage_spec(
-    recipe: Recipe, name: str, stage: Stage, data: Path, init: Path | None
+    recipe: Recipe,
+    name: str,
+    stage: Stage,
+    data: Path,
+    init: Path | None,
+    find: Callable[[str], Path] | None = None,
 ) -> StageSpec:
     from pumice.core.shipped import resolve_backbone
     from pumice.train.stages import DataSpec, StageSpec
 
-    model = recipe.model
+    model, names, source = recipe.model, recipe.model.vision, recipe.model.connector_from
+    find = find or resolve_backbone
     return StageSpec(
         name=name,
-        vision=resolve_backbone(model.vision),
+        vision=tuple(map(find, [names] if isinstance(names, str) else names)),
         vision_layer=model.vision_layer,
         vision_select=model.vision_select,
+        vision_norm=model.vision_norm,
         connector=model.connector,
-        language=resolve_backbone(model.language),
+        connector_options=dict(model.connector_options),
+        # What a stage before this one trained is not started anew.
+        connector_from=None if init or source is None else connector_source(source),
+        language=find(model.language),
         init=init,
-        image_mode=model.image,
+        image_mode=stage.image or model.image,
+        tiling=dict(model.tiling),
         template=stage.template or model.template,
         system=model.system if stage.system is None else stage.system,
         final_template=model.template,
         final_system=model.system,
         train={part: float(rate) for part, rate in stage.train.items()},
+        lora=None if stage.lora is None else _lora(stage.lora),
         data=tuple(
             DataSpec(
                 path=data / entry.path,
@@ -217,7 +254,32 @@ def _stage_spec(
     )
 
 
-def run_one(spec: StageSpec, out: Path, *, resume: bool) -> StageResult:
+def _lora(chosen: Lora) -> LoraTraining:
+    from pumice.train.adapters import LoraTraining
+
+    settings = chosen.model_dump()
+    targets = settings.pop("targets")
+    return LoraTraining(targets=None if targets is None else tuple(targets), **settings)
+
+
+def _feature_cache(directory: Path | None, gigabytes: float | None) -> FeatureCache | None:
+    from pumice.models.feature_cache import FeatureCache
+
+    if directory is None:
+        if gigabytes is not None:
+            raise PumiceError(
+                f"--feature-cache-gb {gigabytes:g} limits a feature cache, and none is given. Add "
+                f"--feature-cache DIR."
+            )
+        return None
+    return FeatureCache(
+        directory, max_bytes=None if gigabytes is None else int(gigabytes * 1000**3)
+    )
+
+
+def run_one(
+    spec: StageSpec, out: Path, *, resume: bool, features: FeatureCache | None = None
+) -> StageResult:
     """One stage; its starting checkpoint must be there."""
     from pumice.train.stages import run_stage
 
@@ -226,7 +288,7 @@ def run_one(spec: StageSpec, out: Path, *, resume: bool) -> StageResult:
             f"stage {spec.name!r} starts from {spec.init}, which does not exist. Run the stage "
             f"{spec.init.name!r} first, or leave --stage out to run all stages."
         )
-    return run_stage(spec, out, resume=resume)
+    return run_stage(spec, out, resume=resume, features=features)
 
 
 def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Path) -> Evaluated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import pumice
 from pumice.core.files import read_jsonl
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.examples import pick_examples
-from pumice.eval.report import Example, ReportData, score_row, write_report
+from pumice.eval.report import Example, ReportData, Tiling, score_row, write_report
 from pumice.recipe.load import resolved_yaml
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ def report_run(
         )
         for own, other in zip(scores, shuffled, strict=True)
     ]
+    examples = _examples(scores, data, out / "eval", recipe.seed)
     page = ReportData(
         title=f"{recipe.name}: report",
         about=recipe.about,
         scores=rows,
         curves=_curves(out / "metrics.jsonl"),
-        examples=_examples(scores, data, out / "eval", recipe.seed),
+        examples=examples,
+        tiling=_tiling(results[-1].checkpoint, examples),
         recipe=resolved_yaml(recipe),
         facts=_facts(recipe, results),
         costs=_costs(results, seconds),
@@ -80,6 +83,36 @@ def _examples(scores: Sequence[Scores], data: Path, evaluated: Path, seed: int) 
             seed=seed + place,
         )
     return examples
+
+
+def _tiling(checkpoint: Path, examples: Sequence[Example]) -> Tiling | None:
+    """How the model tiles the largest image of the examples; None for one that does not tile."""
+    from pumice.core.images import open_image
+    from pumice.models.tiling import plan_image
+    from pumice.processing.processor import Processor
+    from pumice.processing.tile_drawing import draw_plan
+
+    processor = Processor.load(checkpoint)
+    spec = processor.image_spec
+    files = [example.image for example in examples if example.image is not None]
+    if spec.tiling is None or not files:
+        return None
+    pictures = [open_image(file, where="an example of the report") for file in files]
+    picture = max(pictures, key=lambda picture: picture.width * picture.height)
+    plan = plan_image(picture.size, spec.tiling, processor.view_side, processor.image_tokens)
+    buffer = io.BytesIO()
+    draw_plan(picture, plan, spec).save(buffer, "PNG", optimize=True)
+    counts, (across, down) = plan.tokens, plan.grid
+    words = f"{across} x {down} tiles of {plan.tile} pixels, {plan.views} views and "
+    if processor.image_mark:
+        words += "one position in the text, from which gated layers look at all of them."
+    else:
+        words += (
+            f"{counts.total} image tokens: {counts.global_view} of the global view, "
+            f"{counts.tiles} of the tiles and {counts.row_end} row ends. {counts.removed} that "
+            f"show nothing but padding are left out."
+        )
+    return Tiling(drawing=buffer.getvalue(), words=words)
 
 
 def _facts(recipe: Recipe, results: Sequence[StageResult]) -> dict[str, str]:

@@ -154,7 +154,7 @@ class Benchmark(ABC):
         return str(item.truth)
 
     def base_answers(self, items: Sequence[Item]) -> dict[str, str]:
-        """The blind answer per item: the most frequent truth of the item's category."""
+        """What the base rate answers to each item: the most frequent truth of its category."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for item in items:
             counts[item.category][self.truth_text(item)] += 1

@@ -54,16 +54,16 @@ def interval_plot(
     value: float | None,
     interval: tuple[float, float] | None,
     base_rate: float | None,
-    blind: float | None,
+    other_image: float | None,
 ) -> str:
-    """An SVG strip on a 0..100 axis: score with its interval, base rate and blind model."""
+    """An SVG strip on a 0..100 axis: score with interval, base rate, score with another image."""
     marks = [f'<line class="grid" x1="{at}%" x2="{at}%" y1="0" y2="36"/>' for at in _QUARTERS]
     marks.append('<line class="track" x1="0" x2="100%" y1="18" y2="18"/>')
     if base_rate is not None:
         at = f"{_clip(base_rate):.2f}%"
         marks.append(f'<line class="base" x1="{at}" x2="{at}" y1="9" y2="27"/>')
-    if blind is not None:
-        marks.append(f'<circle class="blind" cx="{_clip(blind):.2f}%" cy="18" r="4.5"/>')
+    if other_image is not None:
+        marks.append(f'<circle class="blind" cx="{_clip(other_image):.2f}%" cy="18" r="4.5"/>')
     if interval is not None:
         low, high = (f"{_clip(end):.2f}%" for end in interval)
         marks.append(f'<line class="interval" x1="{low}" x2="{high}" y1="18" y2="18"/>')

@@ -58,6 +58,14 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How one held-out image is cut into tiles: the drawing, an image file's bytes, in words."""
+
+    drawing: bytes
+    words: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
     """Everything on the page. What is empty is left out of it.
 
@@ -72,6 +80,7 @@ class ReportData:
     about: str = ""
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
+    tiling: Tiling | None = None
     recipe: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     costs: Sequence[Mapping[str, str]] = ()
@@ -111,6 +120,7 @@ def write_report(path: Path, data: ReportData) -> None:
         _score_table(data.scores),
         _curves(data.curves),
         _examples(data.examples),
+        _tiling(data.tiling),
         _costs(data.costs),
         _recipe(data.recipe),
         _footer(data),
@@ -303,6 +313,17 @@ def _picture(example: Example) -> str:
     code = base64.b64encode(buffer.getvalue()).decode("ascii")
     style = ' class="small"' if small else ""
     return f'<img{style} alt="" src="data:image/{kind};base64,{code}">'
+
+
+def _tiling(tiling: Tiling | None) -> str:
+    if tiling is None:
+        return ""
+    code = base64.b64encode(tiling.drawing).decode("ascii")
+    return _section(
+        "Tiles",
+        f"How the model sees one of these images: {escape(tiling.words)}",
+        f'<img class="tiles" alt="The image cut into tiles" src="data:image/png;base64,{code}">',
+    )
 
 
 def _costs(costs: Sequence[Mapping[str, str]]) -> str:

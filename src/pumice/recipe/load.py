@@ -1,4 +1,8 @@
-"""Read a recipe: by shipped name or from a YAML file, with `key=value` overrides on top."""
+"""Read a recipe: by shipped name or from a YAML file, with `key=value` overrides on top.
+
+A recipe may name another as its `base` and say only what it changes, so that a design choice is
+one line. Its `published` is its own and never the base's.
+"""
 
 from __future__ import annotations
 
@@ -56,16 +60,7 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> Recipe
     Raises PumiceError naming the full dotted path, the file or override, and what is allowed.
     """
     path = _find(name_or_file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PumiceError(f"recipe file {path} cannot be read: {error}") from error
-    tree = parse_yaml(text, _shown(path))
-    if not isinstance(tree, dict):
-        raise PumiceError(
-            f"recipe file {_shown(path)} holds {_kind(tree)}; a recipe is a mapping with at least "
-            "the keys name, model and stages. See `pumice recipes show pocket`."
-        )
+    tree = _read(path)
     parsed = [_parse_override(text) for text in overrides or []]
     for override in parsed:
         _apply(tree, override)
@@ -78,6 +73,48 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> Recipe
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; loading this text gives the same recipe."""
     return dump_yaml(recipe.model_dump())
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a recipe file, laid over the one it names as its `base`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PumiceError(f"recipe file {path} cannot be read: {error}") from error
+    tree = parse_yaml(text, _shown(path))
+    if not isinstance(tree, dict):
+        raise PumiceError(
+            f"recipe file {_shown(path)} holds {_kind(tree)}; a recipe is a mapping with at least "
+            "the keys name, model and stages. See `pumice recipes show pocket`."
+        )
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise PumiceError(
+            f"base in {_shown(path)} is {base!r}; the name of a shipped recipe or a YAML file is "
+            "needed."
+        )
+    # A file beside this one, or else what the name means anywhere.
+    beside = path.parent / base
+    below = beside if beside.is_file() else _find(base)
+    if below.resolve() in (entry.resolve() for entry in (*seen, path)):
+        raise PumiceError(
+            f"recipe {_shown(path)} is its own base, by way of {_shown(below)}. Name another base."
+        )
+    under = _read(below, (*seen, path))
+    # What was measured with the base says nothing of a recipe that changes it.
+    under.pop("published", None)
+    merged: dict[str, Any] = _laid_over(under, tree)
+    return merged
+
+
+def _laid_over(base: Any, own: Any) -> Any:
+    """Mappings are merged key by key; everything else, lists too, is what the upper one says."""
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    merged = {key: _laid_over(base.get(key), value) for key, value in own.items()}
+    return {**base, **merged}
 
 
 def _find(name_or_file: str) -> Path:

@@ -6,9 +6,9 @@ error, so a misspelt choice can never be ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Part = Literal["vision", "connector", "language"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -25,14 +25,27 @@ class Section(BaseModel):
 class ModelChoice(Section):
     """The architecture: which backbones, which connector, how an image and a turn are written."""
 
-    vision: str
+    vision: str | list[str]
+    """One backbone, or two whose features are fused."""
     vision_layer: int = -2
     vision_select: Literal["patch", "cls_patch"] = "patch"
+    vision_norm: bool = False
     connector: str = "mlp2x_gelu"
+    connector_options: dict[str, bool | int | float | str] = {}
+    connector_from: str | None = None
+    """Released weights to start the connector from: a folder, a file, or a name of the Hub."""
     language: str
-    image: Literal["pad", "crop", "resize"] = "pad"
+    image: Literal["pad", "crop", "resize", "hd", "next"] = "pad"
+    tiling: dict[str, Any] = {}
+    """Settings of `hd` and `next` (docs/hd.md); the tile is as large as the backbone's picture."""
     template: str = "vicuna_v1"
     system: str | None = None
+
+    @model_validator(mode="after")
+    def _tiling_of_tiled_images(self) -> Self:
+        if self.tiling and self.image not in ("hd", "next"):
+            raise ValueError(f"tiling is set, but image is {self.image!r}: use image hd or next")
+        return self
 
 
 class World(Section):
@@ -41,6 +54,8 @@ class World(Section):
     images: PositiveInt
     eval_images: PositiveInt = 500
     seed: int = 0
+    wide: bool = False
+    """Pictures twice as wide and high, with things of the same pixels (for tiles)."""
 
 
 class DataFile(Section):
@@ -52,12 +67,39 @@ class DataFile(Section):
     cap: PositiveInt | None = None
 
 
+class Lora(Section):
+    """Adapters that learn in place of the language model's weights, at `train.language`'s rate."""
+
+    r: PositiveInt = 128
+    alpha: PositiveFloat = 256.0
+    dropout: Fraction = 0.05
+    targets: list[str] | None = Field(default=None, min_length=1)
+    """Last names of the layers, such as q_proj; null for every linear layer but the output head."""
+    rslora: bool = False
+    quantize: Literal["int8", "int4"] | None = None
+    """Holds the frozen base in 8 or 4 bits; it can then not be merged into, only saved beside."""
+    save: Literal["merged", "adapter"] = "merged"
+    """A whole model; or the adapter alone, which needs its base to be opened."""
+
+    @model_validator(mode="after")
+    def _merged_into_full_precision(self) -> Self:
+        if self.quantize is not None and self.save == "merged":
+            raise ValueError(
+                f"quantize is {self.quantize} and save is merged, but adapters are merged into "
+                "full precision only: set save to adapter"
+            )
+        return self
+
+
 class Stage(Section):
-    """One training stage. A part not named in `train` is frozen."""
+    """One training stage. A part not named in `train`, or named with null, is frozen."""
 
     template: str | None = None
     system: str | None = None
+    image: Literal["pad", "crop", "resize"] | None = None
+    """How this stage prepares images, when otherwise than the model."""
     train: dict[Part, PositiveFloat] = Field(min_length=1)
+    lora: Lora | None = None
     data: list[DataFile] = Field(min_length=1)
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
@@ -69,11 +111,29 @@ class Stage(Section):
     max_tokens: PositiveInt = 2048
     group_by_length: bool = False
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _null_freezes(cls, train: Any) -> Any:
+        if not isinstance(train, dict):
+            return train
+        # A misspelt part stays, to be refused.
+        parts = get_args(Part)
+        return {key: rate for key, rate in train.items() if rate is not None or key not in parts}
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             given = f"steps={self.steps} and epochs={self.epochs}"
             raise ValueError(f"{given}: set exactly one of the two, and the other to null")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_rate(self) -> Self:
+        if self.lora is not None and "language" not in self.train:
+            raise ValueError(
+                f"lora is set but train names {', '.join(self.train)}: adapters learn at "
+                "train.language's rate; set it, or set lora to null"
+            )
         return self
 
 
@@ -99,18 +159,38 @@ class Evaluation(Section):
     batch_size: PositiveInt = 32
 
 
+class Published(Section):
+    """What the source of a recipe reports about it, to compare with; no run depends on it."""
+
+    hardware: str = ""
+    hours: dict[Literal["align", "tune"], PositiveFloat] = {}
+    scores: dict[str, float]
+    note: str = ""
+
+
 class Recipe(Section):
     """A whole run: what is built, from which data, trained how, judged by what."""
 
     name: str
     about: str = ""
     source: str = ""
+    published: Published | None = None
     seed: int = 0
     model: ModelChoice
     world: World | None = None
     data: str | None = None
     stages: Stages
     eval: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _stages_of_tiled_images(self) -> Self:
+        for name, stage in self.stage_list():
+            if stage.image is not None and self.model.image in ("hd", "next"):
+                raise ValueError(
+                    f"stages.{name}.image is {stage.image!r}, but model.image is "
+                    f"{self.model.image!r}: a model that tiles does so in every stage"
+                )
+        return self
 
     def stage_list(self) -> list[tuple[str, Stage]]:
         """The stages this recipe has, in running order."""

@@ -42,6 +42,9 @@ def spec_fingerprint(spec: StageSpec) -> str:
     ]
     content["vision"] = [_folder_content(folder) for folder in spec.vision]
     content["language"] = _folder_content(spec.language)
+    # A stage without it is named as it was before there was such a thing.
+    if (source := content.pop("connector_from")) is not None:
+        content["connector_from"] = _connector_content(source)
     content["init"] = None if spec.init is None else _checkpoint_content(spec.init)
     return sha256_bytes(json.dumps(content, sort_keys=True).encode())
 
@@ -77,6 +80,12 @@ def _folder_content(folder: Path) -> dict[str, str]:
     found = {name: sha256_file(folder / name) for name in _READ_WHOLE if (folder / name).is_file()}
     weights = (path for path in sorted(folder.glob("*")) if path.suffix in _WEIGHTS)
     return found | {path.name: _sampled(path) for path in weights}
+
+
+def _connector_content(source: Path) -> dict[str, str]:
+    if source.is_file():
+        return {"weights": sha256_file(source)}
+    return _checkpoint_content(source)
 
 
 def _checkpoint_content(folder: Path) -> dict[str, str]:

@@ -27,7 +27,10 @@ from pumice.train.adapters import (
 from pumice.train.fingerprint import spec_fingerprint, spec_record
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from pumice.data.loader import Loader
+    from pumice.models.config import LMMConfig
     from pumice.models.feature_cache import FeatureCache
     from pumice.models.lmm import LMM
     from pumice.models.tiling import TilingSpec
@@ -52,8 +55,8 @@ class StageSpec:
     """Everything a stage depends on. `train` maps a part to its peak learning rate; others freeze.
 
     `vision` is one backbone, or two that are fused. `init` is the checkpoint to start from; without
-    it the backbones are read and the connector is
-    new. The stage trains with `template`; the saved model answers with `final_template`.
+    it the backbones are read and the connector is new, or filled from `connector_from`. The stage
+    trains with `template`; the saved model answers with `final_template`.
     """
 
     name: str
@@ -63,6 +66,7 @@ class StageSpec:
     vision_norm: bool = False
     connector: str
     connector_options: dict[str, Any] = field(default_factory=dict)
+    connector_from: Path | None = None
     language: Path
     init: Path | None
     image_mode: Literal["pad", "crop", "resize", "hd", "next"]
@@ -120,10 +124,10 @@ def run_stage(
 
     check_adapters(spec)
     _seed_everything(spec)
-    lmm = _build_model(spec)
+    lmm, new_output = _build_model(spec)
     processor = _build_processor(spec, lmm)
     loader = _build_loader(spec, processor)
-    if spec.init is None:
+    if new_output:
         _match_connector_scale(lmm, loader)
     if spec.lora is not None:
         attach_adapters(lmm, spec.lora)
@@ -203,15 +207,16 @@ def _seed_everything(spec: StageSpec) -> None:
     np.random.seed(number)
 
 
-def _build_model(spec: StageSpec) -> LMM:
+def _build_model(spec: StageSpec) -> tuple[LMM, bool]:
+    """The model a stage starts with, and whether new weights write its image tokens."""
     from pumice.convert.adapter import load_checkpoint
+    from pumice.convert.connector_weights import load_connector
     from pumice.models.lmm import LMM
 
     if spec.init is not None:
-        return load_checkpoint(
-            spec.init, quantize=None if spec.lora is None else spec.lora.quantize
-        )
-    return LMM.from_backbones(
+        quantize = None if spec.lora is None else spec.lora.quantize
+        return load_checkpoint(spec.init, quantize=quantize), False
+    lmm = LMM.from_backbones(
         spec.vision if len(spec.vision) > 1 else spec.vision[0],
         spec.language,
         spec.connector,
@@ -221,18 +226,33 @@ def _build_model(spec: StageSpec) -> LMM:
         options=spec.connector_options,
         tiling=_tiling(spec),
     )
+    if spec.connector_from is None:
+        return lmm, True
+    whole = load_connector(lmm, spec.connector_from)
+    log.info("stage %s: the connector starts from %s", spec.name, spec.connector_from)
+    return lmm, not whole
 
 
 def check_model(spec: StageSpec) -> None:
     """Refuse, before anything is made, parts that do not fit each other; no weight is read."""
     import torch
 
-    from pumice.models.config import LMMConfig
+    from pumice.convert.connector_weights import load_connector
     from pumice.models.lmm import LMM
+
+    with torch.device("meta"):
+        lmm = LMM.from_config(model_config(spec), init=False)
+    if spec.connector_from is not None:
+        load_connector(lmm, spec.connector_from)
+
+
+def model_config(spec: StageSpec) -> LMMConfig:
+    """The architecture a stage without `init` builds, from the configs of its backbones alone."""
+    from pumice.models.config import LMMConfig
     from pumice.models.pretrained import config_to_dict, read_config
     from pumice.models.vision_pair import vision_data
 
-    config = LMMConfig(
+    return LMMConfig(
         vision=vision_data(spec.vision),
         vision_layer=spec.vision_layer,
         vision_select=spec.vision_select,
@@ -242,8 +262,6 @@ def check_model(spec: StageSpec) -> None:
         tiling=tiling.to_dict() if (tiling := _tiling(spec)) else None,
         language=config_to_dict(read_config(spec.language, part="language model")),
     )
-    with torch.device("meta"):
-        LMM.from_config(config, init=False)
 
 
 def _tiling(spec: StageSpec) -> TilingSpec | None:
@@ -280,8 +298,22 @@ def _build_processor(spec: StageSpec, lmm: LMM) -> Processor:
         lmm.image_tokens,
         view_side=lmm.view_side,
         image_mark=lmm.cross_attention is not None,
-        instruction="language" if lmm.connector.wants_instruction else None,
+        instruction=_instruction_reader(spec, lmm),
     )
+
+
+def _instruction_reader(
+    spec: StageSpec, lmm: LMM
+) -> PreTrainedTokenizerFast | Literal["language"] | None:
+    """The tokenizer in which the connector reads the question: released weights bring their own."""
+    from pumice.convert.connector_weights import reads_bert_instructions
+    from pumice.convert.instructblip import instruction_tokenizer
+
+    if not lmm.connector.wants_instruction:
+        return None
+    if spec.connector_from is None or not reads_bert_instructions(spec.connector_from):
+        return "language"
+    return instruction_tokenizer(spec.connector_from)
 
 
 def _build_loader(spec: StageSpec, processor: Processor) -> Loader:

@@ -1,0 +1,271 @@
+"""`pumice plan`: what a recipe's model is made of and what its parts cost, before anything runs."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pumice.cli.options import JsonOption, example
+from pumice.cli.output import say, say_json, table
+from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.models.costs import ImageCost
+    from pumice.models.lmm import LMM
+    from pumice.recipe.schema import Recipe, Stage
+
+_SIZES = ((336, 336), (640, 480), (1920, 1080))
+_PARTS = ("vision", "connector", "gated layers", "language")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    lines = ("pumice plan llava15-7b", "pumice plan llava15-7b model.connector=resampler --json")
+    app.command("plan", epilog=example(*lines))(plan)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe.")
+    ] = None,
+    image: Annotated[
+        str, typer.Option("--image", metavar="WxH", help="Image of the training conversation.")
+    ] = "640x480",
+    text_tokens: Annotated[
+        int, typer.Option("--text-tokens", min=1, help="Its text, question and answer, in tokens.")
+    ] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a recipe's model costs.
+
+    Parameters and FLOPs of each part, image tokens, what a training conversation takes, and every
+    connector of the shelf between the same backbones. Nothing is built or downloaded beyond the
+    backbones' configurations.
+    """
+    from pumice.recipe.load import load_recipe
+
+    size = _size(image)
+    loaded = load_recipe(recipe, overrides or [])
+    record = _record(loaded, _blank(loaded), size, text_tokens)
+    if as_json:
+        say_json(record)
+    else:
+        say(_text(record))
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise PumiceError(
+            f"--image is {text!r}; width and height in pixels are needed, such as 640x480."
+        )
+    return int(match[1]), int(match[2])
+
+
+def _blank(recipe: Recipe) -> LMM:
+    """The recipe's model without memory for its weights."""
+    from pumice.cli.run import stage_specs
+    from pumice.models.costs import blank_model
+    from pumice.models.published_configs import config_folder
+    from pumice.train.stages import model_config
+
+    # Where weights come from changes no shape.
+    model = recipe.model.model_copy(update={"connector_from": None})
+    shapes = recipe.model_copy(update={"model": model})
+    with tempfile.TemporaryDirectory() as scratch:
+        find = partial(config_folder, scratch=Path(scratch))
+        return blank_model(model_config(stage_specs(shapes, Path(), Path(), find)[0]))
+
+
+def _record(recipe: Recipe, lmm: LMM, size: tuple[int, int], text_tokens: int) -> dict[str, Any]:
+    """Everything the command says, as plain values."""
+    from pumice.models.costs import conversation_flops, image_costs, language_flops, vision_flops
+
+    *sizes, chosen = image_costs(lmm, (*_SIZES, size))
+    counts = conversation_flops(lmm, chosen, text_tokens)
+    parts = _parts(lmm)
+    return {
+        "recipe": recipe.name,
+        "parts": parts,
+        "parameters": sum(parts.values()),
+        "view": {
+            "side": lmm.vision.image_size,
+            "features": lmm.vision.num_tokens,
+            "tokens": lmm.connector.num_tokens,
+            "vision_flops": vision_flops(lmm),
+        },
+        "images": [_image(cost) for cost in sizes],
+        "language_flops_per_token": language_flops(lmm, 1),
+        "conversation": {
+            "image": _image(chosen),
+            "text_tokens": text_tokens,
+            "tokens": chosen.tokens + text_tokens,
+            "forward_flops": {**counts._asdict(), "total": sum(counts)},
+        },
+        "stages": [_stage(name, stage, lmm, counts) for name, stage in recipe.stage_list()],
+        "connectors": _connectors(lmm),
+    }
+
+
+def _parts(lmm: LMM) -> dict[str, int]:
+    from pumice.models.costs import connector_parameters, num_parameters
+
+    counted = (
+        num_parameters(lmm.vision),
+        connector_parameters(lmm),
+        num_parameters(lmm.cross_attention),
+        num_parameters(lmm.language),
+    )
+    return dict(zip(_PARTS, counted, strict=True))
+
+
+def _image(cost: ImageCost) -> dict[str, Any]:
+    return {**cost._asdict(), "size": list(cost.size)}
+
+
+def _stage(name: str, stage: Stage, lmm: LMM, counts: Any) -> dict[str, Any]:
+    from pumice.models.costs import Trained, adapter_size, num_parameters, training_flops
+
+    trained = {part: num_parameters(lmm.part(part)) for part in stage.train}
+    if stage.lora is not None:
+        trained["language"] = adapter_size(lmm, stage.lora.r, stage.lora.targets)
+    learns = Trained(
+        "vision" in trained, "connector" in trained, "language" in trained, stage.lora is not None
+    )
+    return {
+        "name": name,
+        "trained": trained,
+        "trained_parameters": sum(trained.values()),
+        "conversation_flops": training_flops(counts, learns),
+    }
+
+
+def _connectors(lmm: LMM) -> list[dict[str, Any]]:
+    from pumice.models.costs import language_flops, shelf
+
+    per_token = language_flops(lmm, 1)
+    rows = []
+    for row in shelf(lmm):
+        entry: dict[str, Any] = {"name": row.name, "recipe": row.own}
+        if row.refused:
+            rows.append({**entry, "refused": row.refused})
+            continue
+        entry |= {"parameters": row.params, "gated_parameters": row.gated_params}
+        entry |= {"flops": row.flops, "tokens": row.tokens}
+        rows.append({**entry, "language_flops": row.tokens * per_token})
+    return rows
+
+
+def _text(record: dict[str, Any]) -> str:
+    blocks = (
+        ("", _part_rows(record)),
+        (_view_title(record["view"]), _image_rows(record["images"])),
+        (_conversation_title(record), _conversation_rows(record)),
+        (
+            f"Every connector between these backbones, one view of {record['view']['features']} "
+            f"features, with default options but for the recipe's own (*)",
+            _connector_rows(record["connectors"]),
+        ),
+    )
+    parts = [(f"{title}\n" if title else "") + _columns(rows) for title, rows in blocks]
+    refused = [f"{c['name']}: {c['refused']}" for c in record["connectors"] if "refused" in c]
+    return "\n\n".join([*parts, *refused])
+
+
+def _part_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    stages = record["stages"]
+    rows = [(record["recipe"], "parameters", *(f"{stage['name']} trains" for stage in stages))]
+    for part, count in record["parts"].items():
+        if not count:
+            continue
+        owner = "connector" if part == "gated layers" else part
+        learns = [_learns(stage["trained"], part, owner, count) for stage in stages]
+        rows.append((part, f"{count:,}", *learns))
+    totals = (f"{stage['trained_parameters']:,}" for stage in stages)
+    return [*rows, ("all", f"{record['parameters']:,}", *totals)]
+
+
+def _learns(trained: dict[str, int], part: str, owner: str, count: int) -> str:
+    if owner not in trained:
+        return "-"
+    return f"{trained['language']:,}" if part == "language" else f"{count:,}"
+
+
+def _view_title(view: dict[str, Any]) -> str:
+    side = view["side"]
+    return (
+        f"Images: views of {side} x {side}, {view['features']} features and {view['tokens']} "
+        f"image tokens each"
+    )
+
+
+def _image_rows(images: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]]
+    rows = [("size", "views", "tokens to the LLM", "vision FLOPs", "connector FLOPs")]
+    for image in images:
+        tokens = f"{image['tokens']:,}"
+        if image["latents"]:
+            tokens += f" + {image['latents']} latents beside"
+        flops = (_short(image["vision_flops"]), _short(image["connector_flops"]))
+        rows.append((_by(image["size"]), f"{image['views']}", tokens, *flops))
+    return rows
+
+
+def _conversation_title(record: dict[str, Any]) -> str:
+    talk = record["conversation"]
+    return (
+        f"One conversation: {_by(talk['image']['size'])} and {talk['text_tokens']} tokens of text, "
+        f"{talk['tokens']:,} positions"
+    )
+
+
+def _conversation_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    forward = record["conversation"]["forward_flops"]
+    rows = [("", "FLOPs")]
+    rows += [(f"forward, {part}", _short(flops)) for part, flops in forward.items() if flops]
+    rows += [(f"train, {s['name']}", _short(s["conversation_flops"])) for s in record["stages"]]
+    each = record["language_flops_per_token"]
+    return [*rows, ("language, one token alone", _short(each))]
+
+
+def _connector_rows(connectors: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]]
+    rows = [("connector", "parameters", "FLOPs", "tokens to the LLM", "FLOPs there")]
+    for entry in connectors:
+        name = entry["name"] + (" *" if entry["recipe"] else "")
+        if "refused" in entry:
+            rows.append((name, *["-"] * 4))
+            continue
+        flops = (_short(entry["flops"]), f"{entry['tokens']:,}", _short(entry["language_flops"]))
+        rows.append((name, f"{entry['parameters']:,}", *flops))
+    return rows
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    """The first column stands at the left, numbers at the right of theirs."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        (row[0], *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)))
+        for row in rows
+    ]
+    return table(aligned)
+
+
+def _short(flops: int) -> str:
+    """FLOPs with three digits and their unit."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        # 999.5 would be written with four digits.
+        if flops >= 0.9995 * size:
+            digits = 2 if flops < 9.995 * size else 1 if flops < 99.95 * size else 0
+            return f"{flops / size:.{digits}f} {unit}"
+    return f"{flops}"
+
+
+def _by(size: list[int]) -> str:
+    return f"{size[0]} x {size[1]}"
