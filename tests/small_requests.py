@@ -1,11 +1,10 @@
-"""Pictures, requests of many lengths, and a recorder of what a decoder saw."""
+"""Requests of many lengths, and a recorder of what a decoder saw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import PIL.Image
 import pytest
 import torch
 
@@ -14,17 +13,11 @@ from pumice.infer import decoding
 from pumice.infer.sampling import Sampler, choose
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 24)) -> PIL.Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 255, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return PIL.Image.fromarray(pixels.numpy())
-
-
-def mixed(root: Path, n: int = 24) -> list[Request]:
+def mixed(pictures: Path, n: int = 24) -> list[Request]:
     """Prompts of many lengths, with none, one and two images."""
     out = []
     for i, text in enumerate(["what is", "the red cat in a blue circle " * 3, "Answer?"]):
-        for images in ([], [root / "0.png"], [root / "1.png", root / "2.png"]):
+        for images in ([], [pictures / "0.png"], [pictures / "1.png", pictures / "2.png"]):
             new = max(n - 2 * len(out), 3)
             out.append(Request((user(text, *images),), Sampling(max_new_tokens=new), id=f"{i}"))
     return out

@@ -8,47 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
-import tiny
 from pumice.core.errors import PumiceError
 from pumice.core.types import Request, Result, Sampling, user
 from pumice.infer.answer import Answer
 from pumice.infer.engine import Engine
-from pumice.models.lmm import LMM
-from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
-from small_requests import Recorder, mixed, picture
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("infer")
-    tiny.vision_folder(root / "vision")
-    tiny.language_folder(root / "language", tied=False)
-    for number in range(3):
-        picture(number).save(root / f"{number}.png")
-    (root / "broken.png").write_bytes(b"not a picture")
-    return root
-
-
-@pytest.fixture
-def lmm(root: Path) -> LMM:
-    torch.manual_seed(0)
-    return LMM.from_backbones(root / "vision", root / "language", "mlp2x_gelu", -2, "patch").eval()
-
-
-@pytest.fixture
-def processor(root: Path, lmm: LMM) -> Processor:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "language")
-    return Processor(
-        tokenizer, ImageSpec("pad", tiny.IMAGE_SIZE), "vicuna_v1", "", lmm.image_tokens
-    )
-
-
-@pytest.fixture
-def engine(lmm: LMM, processor: Processor) -> Engine:
-    return Engine(lmm, processor)
+from small_requests import Recorder, mixed
 
 
 def greedy(engine: Engine, text: str, **more: Any) -> Result:
@@ -147,8 +113,8 @@ def test_broken_bytes_stream_as_they_end(processor: Processor) -> None:
         assert all(final.startswith(piece) for piece in seen)
 
 
-def test_stream_equals_generate(root: Path, engine: Engine) -> None:
-    for request in mixed(root)[3:6]:
+def test_stream_equals_generate(pictures: Path, engine: Engine) -> None:
+    for request in mixed(pictures)[3:6]:
         [whole] = engine.generate([request])
         pieces, stream = [], engine.stream(request)
         while True:
@@ -159,4 +125,4 @@ def test_stream_equals_generate(root: Path, engine: Engine) -> None:
                 break
         assert "".join(pieces) == whole.text and all(pieces)
     with pytest.raises(PumiceError, match="does not exist"):
-        next(engine.stream(Request((user("what", root / "nowhere.png"),))))
+        next(engine.stream(Request((user("what", pictures / "nowhere.png"),))))

@@ -83,13 +83,10 @@ def build(
         language=language_config(family, len(tokenizer)),
     )
     lmm = LMM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in lmm.named_parameters():
-            # Wide enough for answers to differ, and gates open enough for pictures to come in.
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-            elif name.endswith("_gate"):
-                parameter.fill_(0.7)
+    tiny.spread(lmm)
+    for name, parameter in lmm.named_parameters():
+        if name.endswith("_gate"):  # open enough for pictures to come in
+            torch.nn.init.constant_(parameter, 0.7)
     processor = Processor(
         tokenizer,
         ImageSpec("pad", tiny.IMAGE_SIZE, tiling=tiling),

@@ -16,7 +16,6 @@ from pumice.core.distributed import is_main, rank, world_size
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import (
     JsonlWriter,
-    append_jsonl,
     read_json,
     read_jsonl,
     sha256_bytes,
@@ -144,7 +143,8 @@ def test_a_line_cut_by_a_crash_is_left_out_only_on_demand_and_never_silently(
 def test_writing_goes_on_after_a_crash(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n' + tail)
-    append_jsonl(path, {"a": 3})
+    with JsonlWriter(path) as writer:
+        writer.write({"a": 3})
     whole = [{"a": 1}, {"a": 2}, {"a": 3}] if tail.endswith("}") else [{"a": 1}, {"a": 3}]
     assert [row for _, row in read_jsonl(path)] == whole
 
@@ -152,7 +152,8 @@ def test_writing_goes_on_after_a_crash(tmp_path: Path, tail: str) -> None:
 def test_a_cut_only_line_is_removed_too(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a"')
-    append_jsonl(path, {"a": 1})
+    with JsonlWriter(path) as writer:
+        writer.write({"a": 1})
     assert path.read_text() == '{"a": 1}\n'
 
 

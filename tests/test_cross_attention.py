@@ -50,10 +50,7 @@ def language(family: str = "llama", blocks: int = 3) -> LanguageModel:
         **heads,
     )
     model = LanguageModel.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+    tiny.spread(model)
     return model.eval()
 
 

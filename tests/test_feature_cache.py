@@ -24,8 +24,9 @@ from pumice.models.feature_cache import (
 )
 from pumice.models.lmm import LMM
 from pumice.models.vision import VisionBackbone
-from pumice.train.stages import DataSpec, StageSpec, run_stage
+from pumice.train.stages import StageSpec, run_stage
 from pumice.world.datasets import make_world
+from stage_specs import align_spec
 from tiny import pixels
 
 
@@ -209,8 +210,7 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
     """Without a cache, filling one, and with a filled one."""
     vision = tiny.vision_folder(tmp_path / "vision")
     language = tiny.language_folder(tmp_path / "language")
-    torch.manual_seed(0)
-    start = LMM.from_backbones(vision, language, "mlp2x_gelu", -2, "patch")
+    start = tiny.new_lmm(vision, language).train()
     results = []
     for directory in (None, tmp_path / "cache", tmp_path / "cache"):
         lmm = copy.deepcopy(start)
@@ -228,28 +228,9 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
 @pytest.fixture
 def spec(tmp_path: Path) -> StageSpec:
     make_world(tmp_path / "world", images=8, eval_images=2)
-    data = DataSpec(
-        path=tmp_path / "world" / "llava" / "pretrain.json", images=tmp_path / "world" / "images"
-    )
-    return StageSpec(
-        name="align",
-        vision=(tiny.vision_folder(tmp_path / "vision"),),
-        vision_layer=-2,
-        vision_select="patch",
-        connector="mlp2x_gelu",
-        language=tiny.language_folder(tmp_path / "language"),
-        init=None,
-        image_mode="pad",
-        template="plain",
-        system=None,
-        final_template="vicuna_v1",
-        final_system="",
-        train={"connector": 1e-2},
-        data=(data,),
-        steps=6,
-        epochs=None,
-        batch_size=3,
-    )
+    vision, language = tmp_path / "vision", tmp_path / "language"
+    backbones = tiny.vision_folder(vision), tiny.language_folder(language)
+    return align_spec(*backbones, tmp_path / "world", batch_size=3)
 
 
 def test_a_stage_is_the_same_to_the_bit(tmp_path: Path, spec: StageSpec) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 import pumice
 import tiny
@@ -20,43 +19,16 @@ from pumice.infer.model import Model
 from pumice.infer.placement import default_placement, placement
 from pumice.models.checkpoint import save_checkpoint
 from pumice.models.lmm import LMM
-from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
-from small_requests import picture
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("infer")
-    tiny.vision_folder(root / "vision")
-    tiny.language_folder(root / "language", tied=False)
-    for number in range(3):
-        picture(number).save(root / f"{number}.png")
-    (root / "broken.png").write_bytes(b"not a picture")
-    return root
-
-
-@pytest.fixture
-def lmm(root: Path) -> LMM:
-    torch.manual_seed(0)
-    return LMM.from_backbones(root / "vision", root / "language", "mlp2x_gelu", -2, "patch").eval()
-
-
-@pytest.fixture
-def processor(root: Path, lmm: LMM) -> Processor:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "language")
-    return Processor(
-        tokenizer, ImageSpec("pad", tiny.IMAGE_SIZE), "vicuna_v1", "", lmm.image_tokens
-    )
 
 
 def test_saved_model_answers_alike(
-    root: Path, lmm: LMM, processor: Processor, tmp_path: Path
+    pictures: Path, lmm: LMM, processor: Processor, tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path / "gpt-7b-lora", lmm, processor.save, {})
     model = pumice.load(tmp_path / "gpt-7b-lora", device="cpu")
     ours = Model(lmm, processor)
-    image = str(root / "0.png")
+    image = str(pictures / "0.png")
     answer = model.ask("what?", images=[image], max_new_tokens=9)
     assert answer == ours.ask("what?", images=[image], max_new_tokens=9)
     assert answer.image_tokens == tiny.NUM_PATCHES and answer.new_tokens == 9
@@ -65,11 +37,11 @@ def test_saved_model_answers_alike(
     chat = [{"role": "user", "content": "what?"}]
     logits = model.logits(chat, images=[image])
     assert torch.equal(logits, model.logits([user("what?", Path(image))]))
-    assert torch.equal(logits, model.logits("what?", images=[picture(0)]))
-    assert not torch.equal(logits, model.logits("what?", images=[picture(1)]))
+    assert torch.equal(logits, model.logits("what?", images=[tiny.noise(0)]))
+    assert not torch.equal(logits, model.logits("what?", images=[tiny.noise(1)]))
 
 
-def test_ask_raises_what_cannot_be_answered(lmm: LMM, processor: Processor, root: Path) -> None:
+def test_ask_raises_what_cannot_be_answered(lmm: LMM, processor: Processor, pictures: Path) -> None:
     model = Model(lmm, processor)
     with pytest.raises(PumiceError, match="does not exist"):
         model.ask("what?", images=["nowhere.png"])
@@ -78,9 +50,9 @@ def test_ask_raises_what_cannot_be_answered(lmm: LMM, processor: Processor, root
     with pytest.raises(PumiceError, match="a list of images is needed"):
         model.ask("what?", images="0.png")
     with pytest.raises(PumiceError, match="hold images themselves"):
-        model.logits([user("what?", root / "0.png")], images=[root / "0.png"])
+        model.logits([user("what?", pictures / "0.png")], images=[pictures / "0.png"])
     with pytest.raises(PumiceError, match="dtype 'float31' is unknown"):
-        pumice.load(root, dtype="float31")
+        pumice.load(pictures, dtype="float31")
 
 
 @pytest.mark.parametrize(
@@ -97,18 +69,18 @@ def test_ask_raises_what_cannot_be_answered(lmm: LMM, processor: Processor, root
     ],
 )
 def test_a_device_that_is_not_here(
-    monkeypatch: pytest.MonkeyPatch, root: Path, device: str | torch.device, told: str
+    monkeypatch: pytest.MonkeyPatch, pictures: Path, device: str | torch.device, told: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PumiceError, match=told) as caught:
-        pumice.load(root, device=device)
+        pumice.load(pictures, device=device)
     assert "Leave the device out" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["float31", "bf16", torch.int8, 16])
-def test_a_dtype_that_is_not_known(root: Path, dtype: Any) -> None:
+def test_a_dtype_that_is_not_known(pictures: Path, dtype: Any) -> None:
     with pytest.raises(PumiceError, match=r"is unknown; known: float32, bfloat16, float16\..*out"):
-        pumice.load(root, dtype=dtype)
+        pumice.load(pictures, dtype=dtype)
 
 
 def test_the_defaults_follow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

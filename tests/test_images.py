@@ -16,18 +16,10 @@ import pytest
 
 from pumice.core.errors import DataError
 from pumice.core.images import image_size, open_image
+from tiny import smooth as picture
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "images"
 WHERE = "sample '7' (train.json, row 3)"
-
-
-def picture(width: int = 24, height: int = 16, seed: int = 0) -> PIL.Image.Image:
-    """A smooth picture with some grain: like a photograph to a resampling filter."""
-    generator = np.random.default_rng(seed)
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    waves = np.stack([np.sin(6 * x + y), np.cos(5 * y - x), np.sin(9 * x * y)], axis=-1)
-    grain = generator.normal(scale=0.1, size=waves.shape)
-    return PIL.Image.fromarray(((waves + grain).clip(-1, 1) * 127 + 128).astype(np.uint8))
 
 
 def encoded(image: PIL.Image.Image, kind: str, **settings: Any) -> bytes:

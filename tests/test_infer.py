@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
 import tiny
 from pumice.core.errors import PumiceError
@@ -17,50 +17,18 @@ from pumice.infer.sampling import Sampler, choose
 from pumice.models.constants import IMAGE_ID
 from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
-from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
-from small_requests import Recorder, mixed, picture
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("infer")
-    tiny.vision_folder(root / "vision")
-    tiny.language_folder(root / "language", tied=False)
-    for number in range(3):
-        picture(number).save(root / f"{number}.png")
-    (root / "broken.png").write_bytes(b"not a picture")
-    return root
-
-
-@pytest.fixture
-def lmm(root: Path) -> LMM:
-    torch.manual_seed(0)
-    return LMM.from_backbones(root / "vision", root / "language", "mlp2x_gelu", -2, "patch").eval()
-
-
-@pytest.fixture
-def processor(root: Path, lmm: LMM) -> Processor:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "language")
-    return Processor(
-        tokenizer, ImageSpec("pad", tiny.IMAGE_SIZE), "vicuna_v1", "", lmm.image_tokens
-    )
-
-
-@pytest.fixture
-def engine(lmm: LMM, processor: Processor) -> Engine:
-    return Engine(lmm, processor)
-
+from small_requests import Recorder, mixed
 
 # invariances
 
 
 @pytest.mark.parametrize("max_batch", [4, 16])
 def test_batched_equals_single(
-    root: Path, lmm: LMM, processor: Processor, monkeypatch: pytest.MonkeyPatch, max_batch: int
+    pictures: Path, lmm: LMM, processor: Processor, monkeypatch: pytest.MonkeyPatch, max_batch: int
 ) -> None:
     recorder = Recorder(monkeypatch)
-    requests = mixed(root)
+    requests = mixed(pictures)
     alone = [Engine(lmm, processor, 1).generate([request])[0] for request in requests]
     single = recorder.take()
     together = Engine(lmm, processor, max_batch).generate(requests)
@@ -75,10 +43,10 @@ def test_batched_equals_single(
 
 
 def test_cached_equals_uncached(
-    root: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(monkeypatch)
-    request = mixed(root)[5]
+    request = mixed(pictures)[5]
     [result] = engine.generate([request])
     [(tokens, logits)] = recorder.take()
     prompt = engine.processor.encode_prompt(request.messages)
@@ -92,7 +60,7 @@ def test_cached_equals_uncached(
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2"])
 def test_other_families_cached_equals_uncached(
-    root: Path,
+    pictures: Path,
     lmm: LMM,
     processor: Processor,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +87,7 @@ def test_other_families_cached_equals_uncached(
     torch.manual_seed(3)
     lmm.language = LanguageModel.from_config(config, attention=attention).eval()
     recorder = Recorder(monkeypatch)
-    requests = [r for r in mixed(root, 12) if not r.messages[0].images]
+    requests = [r for r in mixed(pictures, 12) if not r.messages[0].images]
     requests[1] = Request(requests[1].messages, Sampling(max_new_tokens=11))
     Engine(lmm, processor).generate(requests)
     order = sorted(requests, key=lambda r: len(processor.encode_prompt(r.messages).input_ids))
@@ -130,8 +98,8 @@ def test_other_families_cached_equals_uncached(
         torch.testing.assert_close(logits, whole, atol=1e-5, rtol=0)
 
 
-def test_logits_are_those_of_the_whole_prompt(root: Path, engine: Engine) -> None:
-    messages = (user("what is", root / "0.png"), assistant("a cat"), user("red?"))
+def test_logits_are_those_of_the_whole_prompt(pictures: Path, engine: Engine) -> None:
+    messages = (user("what is", pictures / "0.png"), assistant("a cat"), user("red?"))
     prompt = engine.processor.encode_prompt(messages)
     logits = engine.logits(messages)
     with torch.no_grad():
@@ -141,32 +109,32 @@ def test_logits_are_those_of_the_whole_prompt(root: Path, engine: Engine) -> Non
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
 
 
-def test_neighbours_do_not_matter_when_sampling(root: Path, engine: Engine) -> None:
+def test_neighbours_do_not_matter_when_sampling(pictures: Path, engine: Engine) -> None:
     def ask(text: str, seed: int, **more: Any) -> Request:
         settings = Sampling(max_new_tokens=12, temperature=1.0, seed=seed, **more)
-        return Request((user(text, root / "0.png"),), settings)
+        return Request((user(text, pictures / "0.png"),), settings)
 
     mine = ask("what is", 7)
     [alone] = engine.generate([mine])
-    others = [ask("the dog", 7), ask("a", 1, top_p=0.5), *mixed(root, 18)]
+    others = [ask("the dog", 7), ask("a", 1, top_p=0.5), *mixed(pictures, 18)]
     assert engine.generate([*others[:4], mine, *others[4:]])[4] == alone
     assert engine.generate([mine])[0] == alone
     assert engine.generate([ask("what is", 8)])[0].text != alone.text
 
 
 def test_an_image_is_encoded_once(
-    root: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     encode = LMM.encode_images
     monkeypatch.setattr(
         LMM, "encode_images", lambda lmm, x, *more: (seen.append(len(x)), encode(lmm, x, *more))[1]
     )
-    data = (root / "1.png").read_bytes()
-    opened = picture(5)
+    data = (pictures / "1.png").read_bytes()
+    opened = tiny.noise(5)
     images: list[Any] = [
-        root / "0.png",
-        root / "0.png",
+        pictures / "0.png",
+        pictures / "0.png",
         data,
         bytes(bytearray(data)),
         opened,
@@ -188,12 +156,12 @@ def test_training_mode_is_restored(engine: Engine) -> None:
 # errors are results
 
 
-def test_errors_are_results_and_the_others_go_on(root: Path, engine: Engine) -> None:
-    good = mixed(root)[4]
+def test_errors_are_results_and_the_others_go_on(pictures: Path, engine: Engine) -> None:
+    good = mixed(pictures)[4]
     [alone] = engine.generate([good])
     bad = {
-        "does not exist": Request((user("what", root / "nowhere.png"),)),
-        "broken.png": Request((user("what", root / "broken.png"),), id="b7"),
+        "does not exist": Request((user("what", pictures / "nowhere.png"),)),
+        "broken.png": Request((user("what", pictures / "broken.png"),), id="b7"),
         "at most 512": Request((user("cat " * 600),)),
         "alternate": Request((user("a"), user("b"))),
         "last turn": Request((user("a"), assistant("b"))),

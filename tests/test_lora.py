@@ -28,8 +28,9 @@ from pumice.recipe.load import load_recipe
 from pumice.train import trainer
 from pumice.train.adapters import LoraTraining
 from pumice.train.metrics import part_hash, tensors_hash
-from pumice.train.stages import DataSpec, StageSpec, run_stage
+from pumice.train.stages import StageSpec, run_stage
 from pumice.world.datasets import make_world
+from stage_specs import align_spec, tune_spec
 
 peft = pytest.importorskip("peft")
 SPEC = LoraSpec(r=4, alpha=8.0)
@@ -43,44 +44,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_world(root / "world", images=24, eval_images=4)
     tiny.vision_folder(root / "vision")
     tiny.language_folder(root / "language")
-    run_stage(align_spec(root), root / "runs")
+    run_stage(lora_align(root), root / "runs")
     return root
 
 
-def align_spec(root: Path) -> StageSpec:
-    world = root / "world"
-    return StageSpec(
-        name="align",
-        vision=(root / "vision",),
-        vision_layer=-2,
-        vision_select="patch",
-        connector="mlp2x_gelu",
-        language=root / "language",
-        init=None,
-        image_mode="pad",
-        template="plain",
-        system=None,
-        final_template="vicuna_v1",
-        final_system="",
-        train={"connector": 1e-2},
-        data=(DataSpec(path=world / "llava" / "pretrain.json", images=world / "images"),),
-        steps=2,
-        epochs=None,
-        batch_size=4,
-    )
+def lora_align(root: Path) -> StageSpec:
+    return align_spec(root / "vision", root / "language", root / "world", steps=2)
 
 
-def tune_spec(root: Path, training: LoraTraining = TRAINING) -> StageSpec:
-    world = root / "world"
-    return dataclasses.replace(
-        align_spec(root),
-        name="tune",
-        init=root / "runs" / "align",
-        template="vicuna_v1",
-        system="",
-        train={"connector": 1e-3, "language": 1e-2},
+def lora_tune(root: Path, training: LoraTraining = TRAINING) -> StageSpec:
+    rates = {"connector": 1e-3, "language": 1e-2}
+    return tune_spec(
+        lora_align(root),
+        root / "world",
+        root / "runs" / "align",
         lora=training,
-        data=(DataSpec(path=world / "llava" / "instruct.json", images=world / "images"),),
+        train=rates,
         steps=6,
     )
 
@@ -162,7 +141,7 @@ def test_merging_is_summed_in_float32_and_rounded_once() -> None:
 
 
 def test_the_base_stays_and_adapters_and_connector_move(root: Path, tmp_path: Path) -> None:
-    result = run_stage(tune_spec(root), tmp_path)
+    result = run_stage(lora_tune(root), tmp_path)
     record = json.loads((result.checkpoint / "training.json").read_text())
     parts = record["parts"]
     assert {name: part["moved"] for name, part in parts.items()} == {
@@ -182,7 +161,7 @@ def test_the_base_stays_and_adapters_and_connector_move(root: Path, tmp_path: Pa
 
 
 def test_each_group_learns_at_its_own_rate(root: Path, tmp_path: Path) -> None:
-    run_stage(tune_spec(root), tmp_path)
+    run_stage(lora_tune(root), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["lr"]["language"] == pytest.approx(10 * rows[1]["lr"]["connector"])
 
@@ -193,7 +172,7 @@ def test_each_group_learns_at_its_own_rate(root: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: LoraTraining
 ) -> None:
-    spec = tune_spec(root, training)
+    spec = lora_tune(root, training)
     whole = run_stage(spec, tmp_path / "whole").checkpoint
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -224,10 +203,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_an_adapter_checkpoint_is_the_merged_one_and_moves_with_its_run(
     root: Path, tmp_path: Path
 ) -> None:
-    merged = run_stage(tune_spec(root), tmp_path / "merged").checkpoint
+    merged = run_stage(lora_tune(root), tmp_path / "merged").checkpoint
     runs = tmp_path / "runs"
     shutil.copytree(root / "runs", runs)
-    spec = tune_spec(root, dataclasses.replace(TRAINING, save="adapter"))
+    spec = lora_tune(root, dataclasses.replace(TRAINING, save="adapter"))
     kept = run_stage(dataclasses.replace(spec, init=runs / "align"), runs).checkpoint
     assert not any(n.startswith("language.") for n in load_file(kept / "model.safetensors"))
     config = json.loads((kept / "adapter_config.json").read_text())
@@ -243,7 +222,7 @@ def test_an_adapter_checkpoint_is_the_merged_one_and_moves_with_its_run(
     assert torch.equal(load(moved / "tune").logits(asked), logits)
     quantized = load(moved / "tune", quantize="int8").logits(asked)
     assert torch.equal(quantized, load(merged, quantize="int8").logits(asked))
-    again = dataclasses.replace(tune_spec(root), name="again", init=moved / "tune", steps=2)
+    again = dataclasses.replace(lora_tune(root), name="again", init=moved / "tune", steps=2)
     run_stage(again, moved)
     # Another base, and none.
     other = load_lmm(root / "runs" / "align")
@@ -309,12 +288,12 @@ def test_misuse_is_refused(language: LanguageModel, root: Path) -> None:
     add_lora(lmm.language, SPEC)
     with pytest.raises(PumiceError, match="has adapters on; merge them"):
         save_checkpoint(root / "nowhere", lmm, None, {})
-    spec = dataclasses.replace(tune_spec(root), train={"connector": 1e-3})
+    spec = dataclasses.replace(lora_tune(root), train={"connector": 1e-3})
     with pytest.raises(PumiceError, match="has lora but trains connector"):
         run_stage(spec, root / "nowhere")
     training = dataclasses.replace(TRAINING, quantize="int4")
     with pytest.raises(PumiceError, match="merged into full precision only"):
-        run_stage(tune_spec(root, training), root / "nowhere")
+        run_stage(lora_tune(root, training), root / "nowhere")
 
 
 def test_the_recipe_takes_lora_and_names_mistakes() -> None:

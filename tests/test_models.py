@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,20 +27,6 @@ from pumice.models.lmm import LMM
 from tiny import pixels, with_images
 
 P = tiny.NUM_PATCHES
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("backbones")
-    return SimpleNamespace(
-        vision=tiny.vision_folder(root / "vision"), language=tiny.language_folder(root / "language")
-    )
-
-
-@pytest.fixture
-def lmm(folders: SimpleNamespace) -> LMM:
-    torch.manual_seed(0)
-    return LMM.from_backbones(folders.vision, folders.language, "mlp2x_gelu", -2, "patch").eval()
 
 
 # language
@@ -139,12 +126,12 @@ def test_fuse_mismatch_names_both_numbers(images: int, message: str) -> None:
 # the whole model
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_equal_llava(folders: SimpleNamespace, attention: str) -> None:
-    torch.manual_seed(0)
-    lmm = LMM.from_backbones(
-        folders.vision, folders.language, "mlp2x_gelu", -2, "patch", attention=attention
-    ).eval()
+@pytest.mark.parametrize(("attention", "tied"), [("eager", True), ("sdpa", False)])
+def test_logits_equal_llava(
+    folders: SimpleNamespace, tmp_path: Path, attention: str, tied: bool
+) -> None:
+    text_folder = tiny.language_folder(tmp_path, tied=tied)
+    lmm = tiny.new_lmm(folders.vision, text_folder, attention=attention)
     text = lmm.language.config.to_dict()
     image_id = text["vocab_size"]
     llava = LlavaForConditionalGeneration(
@@ -159,7 +146,7 @@ def test_logits_equal_llava(folders: SimpleNamespace, attention: str) -> None:
         )
     ).eval()
     vision = AutoModel.from_pretrained(folders.vision)
-    language = AutoModelForCausalLM.from_pretrained(folders.language)
+    language = AutoModelForCausalLM.from_pretrained(text_folder)
     llava.model.vision_tower.load_state_dict(vision.state_dict())
     state = lmm.connector.state_dict()
     projector = llava.model.multi_modal_projector

@@ -13,7 +13,7 @@ import pytest
 from pumice.core.errors import DataError
 from pumice.core.types import Message, Request, Sampling, TextPart, user
 from pumice.infer.requests import chat_messages, read_request
-from small_requests import picture
+from tiny import noise as picture
 
 
 def data_uri(image: PIL.Image.Image) -> str:

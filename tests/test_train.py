@@ -20,6 +20,7 @@ from pumice.train.metrics import part_hash
 from pumice.train.optim import learning_rate_factor
 from pumice.train.stages import DataSpec, StageSpec, run_stage
 from pumice.world.datasets import make_world
+from stage_specs import align_spec, tune_spec
 
 
 @pytest.fixture(scope="module")
@@ -37,34 +38,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def spec(world: Path, backbones: tuple[Path, Path]) -> StageSpec:
-    return StageSpec(
-        name="align",
-        vision=(backbones[0],),
-        vision_layer=-2,
-        vision_select="patch",
-        connector="mlp2x_gelu",
-        language=backbones[1],
-        init=None,
-        image_mode="pad",
-        template="plain",
-        system=None,
-        final_template="vicuna_v1",
-        final_system="",
-        train={"connector": 1e-2},
-        data=(DataSpec(path=world / "llava" / "pretrain.json", images=world / "images"),),
-        steps=6,
-        epochs=None,
-        batch_size=4,
-        save_every=2,
-    )
-
-
-def tune_spec(spec: StageSpec, world: Path, init: Path) -> StageSpec:
-    data = (DataSpec(path=world / "llava" / "instruct.json", images=world / "images"),)
-    rates = {"connector": 1e-3, "language": 1e-3}
-    return dataclasses.replace(
-        spec, name="tune", init=init, template="vicuna_v1", system="", data=data, train=rates
-    )
+    return align_spec(*backbones, world, save_every=2)
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:
@@ -307,7 +281,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
 ) -> None:
     from pumice.train.stages import _build_loader, _build_model, _build_processor
 
-    lmm = _build_model(spec)
+    lmm, _ = _build_model(spec)
     loader = _build_loader(spec, _build_processor(spec, lmm))
     batch = loader.batch_at(0)
     with torch.no_grad():

@@ -30,20 +30,6 @@ from tiny import pixels
 P = tiny.NUM_PATCHES
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("backbones")
-    return SimpleNamespace(
-        vision=tiny.vision_folder(root / "vision"), language=tiny.language_folder(root / "language")
-    )
-
-
-@pytest.fixture
-def lmm(folders: SimpleNamespace) -> LMM:
-    torch.manual_seed(0)
-    return LMM.from_backbones(folders.vision, folders.language, "mlp2x_gelu", -2, "patch").eval()
-
-
 @pytest.mark.parametrize("layer", [-1, -2, 1, 4])
 @pytest.mark.parametrize(
     ("model_type", "prefix"),

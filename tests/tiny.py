@@ -1,10 +1,12 @@
-"""Builders of tiny random Hugging Face folders, so that tests need neither network nor weights."""
+"""Builders of tiny random folders, models and processors: no test needs a network or weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
@@ -17,6 +19,9 @@ from transformers import (
 )
 
 from pumice.models.constants import IMAGE_ID
+from pumice.models.lmm import LMM
+from pumice.processing.images import ImageSpec
+from pumice.processing.processor import Processor
 
 WORDS = "the a is what in of cat dog red blue circle square USER ASSISTANT Answer question".split()
 IMAGE_SIZE = 32
@@ -64,7 +69,7 @@ def vision_folder(folder: Path, model_type: str = "clip_vision_model", seed: int
     """A vision backbone with random weights: 32 px images, patches of 8, width 32, 4 blocks."""
     torch.manual_seed(seed)
     model = AutoModel.from_config(vision_config(model_type))
-    _spread(model)
+    spread(model)
     model.save_pretrained(folder)
     return folder
 
@@ -90,7 +95,7 @@ def language_folder(
     known = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(max(vocab_size, known), tied, positions))
-    _spread(model)
+    spread(model)
     model.save_pretrained(folder)
     return folder
 
@@ -111,12 +116,48 @@ def language_config(vocab_size: int, tied: bool = True, positions: int = 512) ->
     )
 
 
-def _spread(model: torch.nn.Module) -> None:
-    # Fresh weights of std 0.02 make every answer look alike; wider ones let a wrong order show.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+@torch.no_grad()
+def spread(model: torch.nn.Module) -> None:
+    """Weights of std 0.2: fresh ones make all answers alike, wider ones let a wrong order show."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.2)
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module, by: float = 0.3) -> None:
+    """Every weight away from its start, gates, biases and norms too."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=by)
+
+
+def new_lmm(vision: Path, language: Path, **more: Any) -> LMM:
+    """The folders' backbones and a new connector; equal for equal folders."""
+    torch.manual_seed(0)
+    return LMM.from_backbones(vision, language, "mlp2x_gelu", -2, "patch", **more).eval()
+
+
+def processor_for(lmm: LMM, language: Path, **image: Any) -> Processor:
+    """The processor of such a model; `image` are settings of its ImageSpec."""
+    spec = ImageSpec(image.pop("mode", "pad"), IMAGE_SIZE, **image)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
+    return Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens)
+
+
+def noise(seed: int, size: tuple[int, int] = (40, 24)) -> PIL.Image.Image:
+    """A picture of random pixels, equal for equal seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 255, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())
+
+
+def smooth(width: int = 24, height: int = 16, seed: int = 0) -> PIL.Image.Image:
+    """A smooth picture with some grain: like a photograph to a resampling filter."""
+    generator = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = np.stack([np.sin(6 * x + y), np.cos(5 * y - x), np.sin(9 * x * y)], axis=-1)
+    grain = generator.normal(scale=0.1, size=waves.shape)
+    return PIL.Image.fromarray(((waves + grain).clip(-1, 1) * 127 + 128).astype(np.uint8))
 
 
 def pixels(n: int, seed: int = 0) -> torch.Tensor:

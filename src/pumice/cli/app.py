@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 import pumice
-from pumice.cli import ask, chat, doctor, evaluate, generate, recipes, run, score, world
+from pumice.cli import (
+    ask,
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    recipes,
+    run,
+    score,
+    tiles,
+    world,
+)
 from pumice.cli.options import example
 from pumice.cli.output import fail, say
 from pumice.core.errors import PumiceError
@@ -29,7 +42,20 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _module in (run, recipes, ask, chat, generate, evaluate, score, world, doctor):
+for _module in (
+    run,
+    recipes,
+    plan,
+    ask,
+    chat,
+    generate,
+    evaluate,
+    score,
+    convert,
+    tiles,
+    world,
+    doctor,
+):
     _module.register(app)
 
 

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from pumice.cli.options import (
-    DeviceOption,
-    DtypeOption,
+    LOADING,
+    SAMPLING,
     ImagesOption,
     JsonOption,
-    MaxNewTokensOption,
+    LoadOptions,
     ModelArg,
-    SeedOption,
-    TemperatureOption,
-    TopPOption,
+    SamplingOptions,
     example,
+    with_option_groups,
 )
 from pumice.cli.output import note, say, say_json
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command("ask", epilog=example('pumice ask pocket "What is this?" --image cat.jpg'))(ask)
+    app.command("ask", epilog=example('pumice ask pocket "What is this?" --image cat.jpg'))(
+        with_option_groups(ask)
+    )
 
 
 def ask(
     model: ModelArg,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The question.")],
     images: ImagesOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    sampling: SamplingOptions = SAMPLING,
+    loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model one question; print its answer."""
@@ -48,15 +46,8 @@ def ask(
             f"the question is empty (given {text!r}); give the question as TEXT, in quotes: "
             'pumice ask MODEL "What is this?" --image FILE.'
         )
-    loaded = load(model, device=device, dtype=dtype)
-    result = loaded.ask(
-        text,
-        images=images or [],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    loaded = load(model, **asdict(loading))
+    result = loaded.ask(text, images=images or [], **asdict(sampling))
     if as_json:
         keys = ("text", "finish_reason", "prompt_tokens", "image_tokens", "new_tokens")
         say_json({key: getattr(result, key) for key in keys})

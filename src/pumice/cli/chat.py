@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from pumice.cli.options import (
-    DeviceOption,
-    DtypeOption,
+    LOADING,
+    SAMPLING,
     ImagesOption,
-    MaxNewTokensOption,
+    LoadOptions,
     ModelArg,
-    SeedOption,
-    TemperatureOption,
-    TopPOption,
+    SamplingOptions,
     example,
+    with_option_groups,
 )
 from pumice.cli.output import fail, note
 from pumice.core.errors import PumiceError
@@ -36,18 +35,16 @@ _HINT = "/image FILE shows the model a picture, /reset forgets the talk, an empt
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command("chat", epilog=example("pumice chat pocket --image cat.jpg"))(chat)
+    app.command("chat", epilog=example("pumice chat pocket --image cat.jpg"))(
+        with_option_groups(chat)
+    )
 
 
 def chat(
     model: ModelArg,
     images: ImagesOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    sampling: SamplingOptions = SAMPLING,
+    loading: LoadOptions = LOADING,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -57,10 +54,7 @@ def chat(
     from pumice.core.types import Sampling
     from pumice.infer.model import load
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    talk = Talk(load(model, device=device, dtype=dtype), sampling)
+    talk = Talk(load(model, **asdict(loading)), Sampling(**asdict(sampling)))
     for path in images or []:
         talk.show(path)
     note(_HINT)

@@ -22,11 +22,14 @@ _CLI = ("typer", "rich")
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "run": ((*_MODEL, *_RECIPE), BACKBONES),
     "recipes": (_RECIPE, ()),
+    "plan": ((*_MODEL, *_RECIPE), ()),
     "ask": (_MODEL, MODELS),
     "chat": (_MODEL, MODELS),
     "generate": (_MODEL, MODELS),
     "eval": (_MODEL, MODELS),
     "score": (("numpy", "pillow"), ()),
+    "convert": (_MODEL, ()),
+    "tiles": (("torch", "numpy", "pillow"), ()),
     "world make": (("numpy", "pillow"), ()),
     "world backbones": (_MODEL, ()),
 }

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pumice.cli.options import (
+    LOADING,
     AllowErrorsOption,
     BatchSizeOption,
     DataOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     LimitOption,
+    LoadOptions,
     ModelArg,
     example,
+    with_option_groups,
 )
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     line = "pumice eval pocket --bench pope,vqav2 --data runs/world --out runs/eval"
-    app.command("eval", epilog=example(line))(evaluate)
+    app.command("eval", epilog=example(line))(with_option_groups(evaluate))
 
 
 def evaluate(
@@ -47,8 +49,7 @@ def evaluate(
         typer.Option("--control", help="'shuffled': each item gets another item's image."),
     ] = None,
     allow_errors: AllowErrorsOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
     """Run a model on benchmarks.
@@ -66,8 +67,8 @@ def evaluate(
     check_data_dir(data)
     if control is not None:
         CONTROLS[control]
-    loaded = load(model, device=device, dtype=dtype, max_batch=batch_size)
-    weights = weights_hash(model)
+    loaded = load(model, max_batch=batch_size, **asdict(loading))
+    weights = weights_hash(model, loading.quantize)
     all_scores = [
         run_benchmark(
             loaded.generate,

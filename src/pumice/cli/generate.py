@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pumice.cli.options import (
+    LOADING,
+    SAMPLING,
     BatchSizeOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
-    MaxNewTokensOption,
+    LoadOptions,
     ModelArg,
     ResumeOption,
-    SeedOption,
-    TemperatureOption,
-    TopPOption,
+    SamplingOptions,
     example,
+    with_option_groups,
 )
 from pumice.cli.output import note, say, say_json
 
@@ -35,7 +35,7 @@ _CALL_SIZE = 512
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     line = "pumice generate pocket --requests questions.jsonl --images images --out answers.jsonl"
-    app.command("generate", epilog=example(line))(generate)
+    app.command("generate", epilog=example(line))(with_option_groups(generate))
 
 
 def generate(
@@ -54,13 +54,9 @@ def generate(
         typer.Option("--images", metavar="DIR", help="Directory the image names are relative to."),
     ] = Path(),
     batch_size: BatchSizeOption = 16,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
+    sampling: SamplingOptions = SAMPLING,
     resume: ResumeOption = "auto",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every request of a file.
@@ -75,15 +71,14 @@ def generate(
     from pumice.infer.model import load
 
     _check_paths(requests, images, out)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    lines = read_lines(requests, settings=[weights_hash(model), repr(sampling), str(images)])
+    chosen = Sampling(**asdict(sampling))
+    weights = weights_hash(model, loading.quantize)
+    lines = read_lines(requests, settings=[weights, repr(chosen), str(images)])
     with Answers(out, lines, resume=resume == "auto") as answers:
         if answers.kept:
             note(f"{answers.kept} of {len(lines)} rows are answered already")
-        loaded = load(model, device=device, dtype=dtype, max_batch=batch_size)
-        _answer(loaded, answers, images, sampling)
+        loaded = load(model, max_batch=batch_size, **asdict(loading))
+        _answer(loaded, answers, images, chosen)
         answers.finish()
     summary = {"out": str(out), "rows": len(lines), "errors": answers.errors}
     if as_json:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -29,6 +33,10 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N; the best one when left out.")
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option("--quantize", help="int8 or int4: hold the language model in so many bits."),
+]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="How many requests are answered together.")
 ]
@@ -45,6 +53,63 @@ ResumeOption = Annotated[
     Literal["auto", "never"],
     typer.Option("--resume", help="auto goes on where a run stopped; never starts again."),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How answers are made: a command with a parameter of this class has these options."""
+
+    max_new_tokens: MaxNewTokensOption = 256
+    temperature: TemperatureOption = 0.0
+    top_p: TopPOption = 1.0
+    seed: SeedOption = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is opened: a command with a parameter of this class has these options."""
+
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    quantize: QuantizeOption = None
+
+
+SAMPLING, LOADING = SamplingOptions(), LoadOptions()
+_GROUPS = (SamplingOptions, LoadOptions)
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it: each group of options spread out in its parameter's place."""
+    signature = inspect.signature(command, eval_str=True)
+    groups = {
+        p.name: p.annotation for p in signature.parameters.values() if p.annotation in _GROUPS
+    }
+    spread: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        spread += _spread(groups[parameter.name]) if parameter.name in groups else [parameter]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{entry.name: given.pop(entry.name) for entry in fields(group)})
+        command(**given)
+
+    run.__signature__ = signature.replace(parameters=spread)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    return run
+
+
+def _spread(group: type[SamplingOptions | LoadOptions]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            entry.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=entry.default,
+            annotation=hints[entry.name],
+        )
+        for entry in fields(group)
+    ]
 
 
 def example(*lines: str) -> str:

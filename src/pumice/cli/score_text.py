@@ -16,22 +16,22 @@ def score_table(all_scores: Sequence[Scores], shuffled: Sequence[Scores] = ()) -
 
     `shuffled` are the scores of the shuffled-image control, for a column beside the base rate.
     """
-    blind = {scores.benchmark: scores.metrics or {} for scores in shuffled}
+    other = {scores.benchmark: scores.metrics or {} for scores in shuffled}
     titles = ["benchmark", "metric", "value", "95 % interval", "base rate", "n", "unparsed"]
-    rows = [[*titles, "other image"] if blind else titles]
+    rows = [[*titles, "other image"] if other else titles]
     for scores in all_scores:
         counts = (str(scores.n), str(scores.unparsed))
         if scores.metrics is None:
             empty = [scores.benchmark, "withheld", "-", "-", "-", *counts]
-            rows.append([*empty, "-"] if blind else empty)
+            rows.append([*empty, "-"] if other else empty)
             continue
         for name, value in scores.metrics.items():
             pair = scores.interval.get(name)
             interval = f"{_number(pair[0])} .. {_number(pair[1])}" if pair else "-"
             base = _number(scores.base_rate.get(name))
             row = [scores.benchmark, name, _number(value), interval, base, *counts]
-            if blind:
-                row.append(_number(blind.get(scores.benchmark, {}).get(name)))
+            if other:
+                row.append(_number(other.get(scores.benchmark, {}).get(name)))
             rows.append(row)
     return table(rows)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 _NOT_CONTENT = {"training.json"}
 
 
-def weights_hash(model: str) -> str:
-    """A hash over every file of the checkpoint that decides its answers."""
+def weights_hash(model: str, quantize: str | None = None) -> str:
+    """A hash over every file of the checkpoint that decides its answers, and how it is held."""
     from pumice.core.files import sha256_bytes, sha256_file
     from pumice.core.shipped import resolve_model
 
     directory: Path = resolve_model(model)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in _NOT_CONTENT)
     lines = (f"{path.relative_to(directory).as_posix()} {sha256_file(path)}" for path in files)
-    return sha256_bytes("\n".join(lines).encode())[:16]
+    name = sha256_bytes("\n".join(lines).encode())[:16]
+    return name if quantize is None else f"{name}-{quantize}"

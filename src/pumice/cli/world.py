@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,7 +99,7 @@ def ensure_world(
     mark.unlink()
 
 
-def _make(out: Path, asked: dict[str, int]) -> None:
+def _make(out: Path, asked: dict[str, Any]) -> None:
     from pumice.core.progress import progress
     from pumice.world.datasets import make_world
 

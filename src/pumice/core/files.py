@@ -112,12 +112,6 @@ class JsonlWriter:
         self.close()
 
 
-def append_jsonl(path: Path | str, row: dict[str, Any]) -> None:
-    """Appends one row to a JSONL file, making the file when it is missing."""
-    with JsonlWriter(path) as writer:
-        writer.write(row)
-
-
 def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = True) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part of it.
 
@@ -143,6 +137,12 @@ def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = True) -
 def write_json(path: Path | str, obj: Any) -> None:
     """Writes an indented JSON file atomically."""
     write_atomic(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
+
+
+def entries_of(directory: Path) -> str:
+    """The names in a directory for an error message, eight at most; "nothing" without any."""
+    held = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    return ", ".join(held[:8]) or "nothing"
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -1,9 +1,9 @@
-"""A visible table of interchangeable parts that answers a wrong name with the nearest right one."""
+"""Names that people choose from: a wrong one is answered with the nearest right one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from pumice.core.errors import PumiceError
@@ -16,6 +16,31 @@ def suggest(name: str, known: Iterable[str]) -> str:
     spelled = {entry.lower(): entry for entry in known}
     near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
     return f" Did you mean {spelled[near[0]]!r}?" if near else ""
+
+
+def check_choice(name: str, given: object, allowed: Sequence[str]) -> None:
+    """Raises PumiceError, with the nearest allowed one, unless the value `name` is one of these."""
+    if given not in allowed:
+        raise PumiceError(
+            f"{name} is {given!r}; allowed: {', '.join(allowed)}.{suggest(str(given), allowed)}"
+        )
+
+
+def check_settings(
+    kind: str, values: Mapping[str, object], known: Sequence[str], needed: Sequence[str]
+) -> None:
+    """Raises PumiceError for an unknown or a missing key of the settings of `kind`."""
+    for key in values:
+        if key not in known:
+            raise PumiceError(
+                f"{kind} setting {key!r} is unknown; known: {', '.join(known)}."
+                f"{suggest(key, known)}"
+            )
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise PumiceError(
+            f"{kind} settings lack {' and '.join(missing)}; given: {sorted(values)}. Add them."
+        )
 
 
 class Registry(Generic[T]):

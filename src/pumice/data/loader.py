@@ -161,5 +161,6 @@ class Loader:
         return self._window[1]
 
     def _length(self, row: Row) -> float:
+        """About how many tokens; an image counts as one view, since its size is in its file."""
         characters, images = self.mixture.parts[row[0]].source.size(row[1])
         return characters / CHARACTERS_PER_TOKEN + images * self.processor.image_tokens

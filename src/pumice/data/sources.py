@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from pumice.core.errors import DataError, PumiceError
+from pumice.core.errors import DataError
 from pumice.core.files import parse_row, read_json, sha256_file
-from pumice.core.registry import suggest
+from pumice.core.registry import check_choice
 from pumice.core.types import ImagePart, Message, Part, Role, Sample, TextPart
 
 SLOT = "<image>"
@@ -45,12 +45,7 @@ class LlavaJson:
     def __init__(
         self, path: Path | str, images_dir: Path | str, image_place: ImagePlace = "start"
     ) -> None:
-        if image_place not in get_args(ImagePlace):
-            allowed = get_args(ImagePlace)
-            raise PumiceError(
-                f"image_place is {image_place!r}; allowed: {', '.join(allowed)}."
-                f"{suggest(image_place, allowed)}"
-            )
+        check_choice("image_place", image_place, get_args(ImagePlace))
         self.path, self.images_dir = Path(path), Path(images_dir)
         self.image_place = image_place
         self.name = str(self.path)

@@ -173,7 +173,7 @@ def in_equal_batches(
     """float[N, 3, S, S] -> float[N, P, Dv], encoded `size` at a time; the last batch is filled."""
     count = len(pixel_values)
     filling = pixel_values[-1:].expand(-count % size, -1, -1, -1)
-    batches = torch.cat([pixel_values, filling]).split(size)
+    batches = torch.split(torch.cat([pixel_values, filling]), size)
     return torch.cat([encode(batch) for batch in batches])[:count]
 
 
@@ -194,4 +194,4 @@ def _checksum(features: torch.Tensor) -> str:
 
 def _raw(tensor: torch.Tensor) -> memoryview:
     # As bytes, since numpy has no bfloat16.
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data

@@ -192,7 +192,7 @@ class LMM(nn.Module):
         if instruction is not None:
             instruction = Instruction(*(part.repeat_interleave(views, 0) for part in instruction))
         masks = self._picture_masks(plans).to(pixel_values.device)
-        encoded = self._encode_views(pixel_values, masks, instruction).split(views.tolist())
+        encoded = torch.split(self._encode_views(pixel_values, masks, instruction), views.tolist())
         if self.row_end is None:
             return [part.flatten(0, 1) for part in encoded]
         return [

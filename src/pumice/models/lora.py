@@ -176,6 +176,14 @@ def add_lora(language: LanguageModel, spec: LoraSpec) -> None:
         parameter.requires_grad_(_is_adapter(name))
 
 
+def linear_layers(language: LanguageModel) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that may get an adapter, by their names: every linear one but the output head."""
+    head = language.model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in language.model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name, module
+
+
 def has_lora(module: nn.Module) -> bool:
     """Whether adapters are on."""
     return any(_is_adapter(name) for name, _ in module.named_parameters())
@@ -321,14 +329,8 @@ def _pairs(directory: Path, r: int) -> dict[str, tuple[torch.Tensor, torch.Tenso
 
 def _targets(language: LanguageModel, spec: LoraSpec) -> list[str]:
     """Last names of the layers that get an adapter."""
-    head = language.model.get_output_embeddings()  # type: ignore[operator]
-    linears = [
-        name
-        for name, module in language.model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
-    leaves = sorted({name.rpartition(".")[2] for name in linears})
-    if not linears:
+    leaves = sorted({name.rpartition(".")[2] for name, _ in linear_layers(language)})
+    if not leaves:
         raise PumiceError(
             f"the language model ({language.config.model_type}) has no linear layers for adapters; "
             f"a decoder built of nn.Linear is needed. Train it whole, without lora."

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from pumice.core.errors import PumiceError
-from pumice.core.registry import suggest
+from pumice.core.registry import check_choice, check_settings
 
 Scheme = Literal["hd", "next"]
 Keep = Literal["cover", "floor"]
@@ -51,7 +51,7 @@ class TilingSpec:
     whole ones as the picture is long (LLaVA's rule, for `next`), which loses partly filled ones."""
 
     def __post_init__(self) -> None:
-        _check_choice("scheme", self.scheme, get_args(Scheme))
+        check_choice("tiling scheme", self.scheme, get_args(Scheme))
         _check_whole("tile", self.tile, "Use the image_size of the vision backbone.")
         if self.max_tiles is not None:
             _check_whole("max_tiles", self.max_tiles, "LLaVA-1.5-HD has 6.")
@@ -62,7 +62,7 @@ class TilingSpec:
         fill = object.__setattr__
         if self.keep is None:
             fill(self, "keep", "cover" if self.scheme == "hd" else "floor")
-        _check_choice("keep", self.keep, get_args(Keep))
+        check_choice("tiling keep", self.keep, get_args(Keep))
         if self.max_tiles is not None and (self.grids is not None or self.scheme == "next"):
             raise PumiceError(
                 f"tiling max_tiles is {self.max_tiles} beside "
@@ -94,18 +94,7 @@ class TilingSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TilingSpec:
         """Strict: an unknown or missing key is an error."""
-        known = list(cls.__dataclass_fields__)
-        for key in values:
-            if key not in known:
-                raise PumiceError(
-                    f"tiling setting {key!r} is unknown; known: {', '.join(known)}."
-                    f"{suggest(key, known)}"
-                )
-        missing = [key for key in ("scheme", "tile") if key not in values]
-        if missing:
-            raise PumiceError(
-                f"tiling settings lack {' and '.join(missing)}; given: {sorted(values)}. Add them."
-            )
+        check_settings("tiling", values, list(cls.__dataclass_fields__), ("scheme", "tile"))
         return cls(**values)
 
     @classmethod
@@ -354,14 +343,6 @@ def _global_mask(plan: ImagePlan, side: int) -> torch.Tensor:
         spans.append(slice(*_touched((start, whole), longest, side)))
     mask[spans[1], spans[0]] = True
     return mask.view(1, -1)
-
-
-def _check_choice(name: str, given: object, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise PumiceError(
-            f"tiling {name} is {given!r}; allowed: {', '.join(allowed)}."
-            f"{suggest(str(given), allowed)}"
-        )
 
 
 def _check_whole(name: str, given: object, remedy: str) -> None:

@@ -18,6 +18,9 @@ from transformers import AutoModel
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import read_json
+from pumice.models.constants import CLIP_MEAN as CLIP_MEAN
+from pumice.models.constants import CLIP_STD as CLIP_STD
+from pumice.models.constants import Triple as Triple
 from pumice.models.feature_cache import FeatureCache, encode_cached, weights_digest
 from pumice.models.pretrained import (
     config_from_dict,
@@ -33,10 +36,6 @@ if TYPE_CHECKING:
     from pumice.models.vision_pair import VisionPair
 
 Select = Literal["patch", "cls_patch"]
-Triple = tuple[float, float, float]
-
-CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 # In `config_data`, where pictures come in with another side than the Hugging Face config's.
 SIDE = "input_side"
 

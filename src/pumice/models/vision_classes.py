@@ -15,13 +15,13 @@ def register_vision_classes() -> None:
     from transformers.models.idefics.vision import IdeficsVisionTransformer
     from transformers.models.instructblip import InstructBlipVisionConfig, InstructBlipVisionModel
 
-    class InstructBlipVision(InstructBlipVisionModel):
+    class InstructBlipVision(InstructBlipVisionModel):  # type: ignore[misc]
         """As a half of a whole InstructBLIP, whose tensors are named `vision_model.*`."""
 
         config_class = InstructBlipVisionConfig
         base_model_prefix = "vision_model"
 
-    class IdeficsVision(IdeficsPreTrainedModel):
+    class IdeficsVision(IdeficsPreTrainedModel):  # type: ignore[misc]
         """The plain module of IDEFICS with what `from_config` and `from_pretrained` need."""
 
         config_class = IdeficsVisionConfig

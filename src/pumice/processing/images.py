@@ -17,15 +17,14 @@ import PIL.Image
 import torch
 
 from pumice.core.errors import PumiceError
-from pumice.core.registry import suggest
+from pumice.core.registry import check_choice, check_settings
+from pumice.models.constants import CLIP_MEAN as CLIP_MEAN
+from pumice.models.constants import CLIP_STD as CLIP_STD
+from pumice.models.constants import Triple as Triple
 from pumice.models.tiling import TilingSpec
 
 Mode = Literal["pad", "crop", "resize"]
 Resample = Literal["bicubic", "bilinear", "lanczos"]
-Triple = tuple[float, float, float]
-
-CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 # No intermediate picture has more pixels: a crop of 20,000 x 10 would first be enlarged to 0.7 GB.
 LARGEST = 4096 * 4096
@@ -53,8 +52,8 @@ class ImageSpec:
     tiling: TilingSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, get_args(Mode))
-        _check_choice("resample", self.resample, get_args(Resample))
+        check_choice("image mode", self.mode, get_args(Mode))
+        check_choice("image resample", self.resample, get_args(Resample))
         if not isinstance(self.size, int) or self.size < 1:
             raise PumiceError(
                 f"image size is {self.size!r}; a whole number of pixels from 1 is allowed. Use the "
@@ -86,18 +85,7 @@ class ImageSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageSpec:
         """Strict: an unknown or missing key is an error."""
-        known = list(cls.__dataclass_fields__)
-        for key in values:
-            if key not in known:
-                raise PumiceError(
-                    f"image setting {key!r} is unknown; known: {', '.join(known)}."
-                    f"{suggest(key, known)}"
-                )
-        missing = [key for key in ("mode", "size") if key not in values]
-        if missing:
-            raise PumiceError(
-                f"image settings lack {' and '.join(missing)}; given: {sorted(values)}. Add them."
-            )
+        check_settings("image", values, list(cls.__dataclass_fields__), ("mode", "size"))
         settings: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -179,14 +167,6 @@ def _crop(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
     shifted = (box[0] - near[0], box[1] - near[1], box[2] - near[0], box[3] - near[1])
     kept = image.crop(near)
     return kept.resize((spec.size, spec.size), _FILTERS[spec.resample], box=shifted)
-
-
-def _check_choice(name: str, given: object, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise PumiceError(
-            f"image {name} is {given!r}; allowed: {', '.join(allowed)}."
-            f"{suggest(str(given), allowed)}"
-        )
 
 
 def _check_triple(name: str, value: object) -> None:

@@ -287,9 +287,9 @@ class Processor:
             messages, open_turn=open_turn, system=self.system, where=where
         )
         images = [segment.image for segment in segments if segment.image is not None]
-        views, sizes = self._views(images, where) if pixels else ([], self._sizes(images, where))
-        plans = [self.plan(size) for size in sizes]
-        counts = [self._count(plan) for plan in plans] or [self.image_tokens] * len(images)
+        sizes = self._sizes(images, where)
+        counts = [self._count(self.plan(size)) for size in sizes]
+        counts = counts or [self.image_tokens] * len(images)
         ids, labels = self._assemble(segments, counts, where)
         if max_tokens is not None and len(ids) > max_tokens:
             raise DataError(
@@ -297,14 +297,15 @@ class Processor:
                 f"{len(images)} images); at most {max_tokens} are allowed and nothing is cut off. "
                 "Shorten it, raise max_tokens, or take it out of the data."
             )
-        side = self.image_spec.size
+        # Only now: what is too long is refused before its images are decoded.
+        views, sizes = self._views(images, where) if pixels else ([], sizes)
         return Encoded(
             ids,
             labels,
-            torch.cat(views) if views else torch.empty(0, 3, side, side),
+            torch.cat(views) if views else torch.empty(0, 3, *[self.image_spec.size] * 2),
             len(images),
             image_sizes=sizes,
-            grids=[plan.grid if plan else (1, 1) for plan in plans],
+            grids=[plan.grid if plan else (1, 1) for plan in map(self.plan, sizes)],
             instructions=self._instructions(messages, where),
         )
 
@@ -313,10 +314,10 @@ class Processor:
         return self.image_tokens if plan is None or self.image_mark else plan.tokens.total
 
     def _sizes(self, images: Sequence[ImagePart], where: str) -> list[tuple[int, int]]:
-        """Width and height of images that stay unopened; none are needed without tiling."""
+        """Width and height of images before they are decoded; none are needed without tiling."""
         if self.image_spec.tiling is None:
             return []
-        return [image_size(image.image, where=where) for image in images]
+        return [image_size(image.image, where=at) for image, at in _named(images, where)]
 
     def _instructions(self, messages: Sequence[Message], where: str) -> list[list[int]]:
         if self.instruction is None:
@@ -370,9 +371,8 @@ class Processor:
     ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
         """The views of each image, float[V, 3, S, S], and each image's width and height."""
         views, sizes = [], []
-        for number, image in enumerate(images):
-            of = f", image {number + 1} of {len(images)}" if len(images) > 1 else ""
-            view, size = self.load_image(image, f"{where}{of}")
+        for image, at in _named(images, where):
+            view, size = self.load_image(image, at)
             views.append(view)
             sizes.append(size)
         return views, sizes
@@ -392,3 +392,9 @@ class Processor:
                     "has this token."
                 )
         return found
+
+
+def _named(images: Sequence[ImagePart], where: str) -> list[tuple[ImagePart, str]]:
+    """Each image, and how errors name it."""
+    places = [f"{where}, image {number} of {len(images)}" for number in range(1, len(images) + 1)]
+    return list(zip(images, places if len(images) > 1 else [where], strict=False))

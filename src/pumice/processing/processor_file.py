@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pumice.core.errors import PumiceError
-from pumice.core.files import read_json
+from pumice.core.files import entries_of, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,9 +27,8 @@ def read_processor_file(directory: Path) -> dict[str, Any]:
     """The fields of a directory's processor.json; anything else there is an error."""
     path = directory / PROCESSOR_FILE
     if not path.is_file():
-        held = sorted(entry.name for entry in directory.iterdir())[:8] if directory.is_dir() else []
         raise PumiceError(
-            f"{directory} holds no {PROCESSOR_FILE} (found: {', '.join(held) or 'nothing'}); a "
+            f"{directory} holds no {PROCESSOR_FILE} (found: {entries_of(directory)}); a "
             "pumice checkpoint directory is needed. Check the path, or convert the model first."
         )
     data = read_json(path)

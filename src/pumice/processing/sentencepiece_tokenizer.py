@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pumice.core.errors import PumiceError
-from pumice.core.files import read_json
+from pumice.core.files import entries_of, read_json
 from pumice.processing.sentencepiece_model import SentencePieceModel, read_model
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ def read_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
         )
         return byte_level
     if not (directory / "tokenizer.model").is_file():
-        held = sorted(entry.name for entry in directory.iterdir())[:8] if directory.is_dir() else []
         raise PumiceError(
             f"{directory} holds neither tokenizer.json nor tokenizer.model (found: "
-            f"{', '.join(held) or 'nothing'}); one of them is needed. Copy it beside the weights, "
+            f"{entries_of(directory)}); one of them is needed. Copy it beside the weights, "
             "or save the tokenizer with save_pretrained of transformers."
         )
     return _from_model(directory)

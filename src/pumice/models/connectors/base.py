@@ -82,7 +82,7 @@ def no_options(name: str, options: dict[str, Any]) -> None:
         raise PumiceError(
             f"connector {name!r} has no options, and {', '.join(map(repr, options))} was given. "
             f"Leave connector_options out, or choose a connector that has options (resampler, "
-            f"qformer)."
+            f"qformer, gated_cross_attention)."
         )
 
 
