@@ -21,6 +21,7 @@ from pumice.convert.parity import Measured, compare, probe_image
 from pumice.convert.shards import write_shards
 from pumice.convert.write_hf import with_rows
 from pumice.core.errors import PumiceError
+from pumice.core.shipped import SHIPPED_DIR
 from pumice.core.types import user
 from pumice.models.checkpoint import save_checkpoint
 from pumice.models.constants import IMAGE_ID
@@ -96,6 +97,15 @@ def test_unused_blocks_of_the_vision_backbone_travel_along(root: Path, tmp_path:
     assert report["made_up_vision_tensors"] == 18
     last = [n for n in made_up if "layers.2" in n or "post_layernorm" in n]
     assert len(last) == 18 and not any(made_up[name].any() for name in last)
+
+
+def test_a_tied_head_is_written_out_for_the_original_layout(tmp_path: Path) -> None:
+    report = convert(SHIPPED_DIR / "pocket", tmp_path / "llava", "llava")
+    assert all(found["max_logit_difference"] == 0 for found in report["parity"].values())
+    assert any("output head" in note for note in report["notes"])
+    written = state(tmp_path / "llava")
+    head, table = "language.model.lm_head.weight", "language.model.model.embed_tokens.weight"
+    assert torch.equal(written[head], written[table])
 
 
 def test_transformers_loads_the_result_without_complaint(root: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from pumice.models.tensor_files import JoinedTensors, RenamedTensors
 from pumice.models.tiling import TilingSpec
 
 TOWER_FOLDER = "vision_tower"
+_EMBEDDING = "language.model.model.embed_tokens.weight"
+_HEAD = "language.model.lm_head.weight"
 # Of model types with the same decoder the one that its current code registers.
 _TYPES = {decoder: kind for kind, decoder in DECODERS.items()}
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
@@ -41,8 +43,11 @@ def write_llava(
         for name, shape in unused_vision_shapes(opened.config).items()
         if name not in opened.spare
     }
-    zeros = {name: torch.zeros(shape, dtype=opened.dtype) for name, shape in lacking.items()}
-    joined = JoinedTensors(opened.tensors, opened.spare, zeros)
+    more = {name: torch.zeros(shape, dtype=opened.dtype) for name, shape in lacking.items()}
+    tied = bool(opened.config.language.get("tie_word_embeddings"))
+    if tied:
+        more[_HEAD] = opened.tensors[_EMBEDDING]
+    joined = JoinedTensors(opened.tensors, opened.spare, more)
     names = {LLAVA.theirs(name): name for name in joined}
     tower = known_tower(opened.config.vision)
     if tower is None:
@@ -55,11 +60,17 @@ def write_llava(
     tensors = RenamedTensors(joined, dict(sorted(names.items())))
     write_shards(dst, tensors, dtype=dtype, shard_bytes=shard_bytes)
     template = opened.processor.template.name
-    note = f"original LLaVA's files do not name the conversation template: choose {template} there"
+    notes = [
+        f"original LLaVA's files do not name the conversation template: choose {template} there"
+    ]
+    if tied:
+        notes.append(
+            "the output head, which shares its weights with the embeddings, is written out"
+        )
     return {
         "mm_vision_tower": tower,
         "made_up_vision_tensors": len(lacking),
-        "notes": [note],
+        "notes": notes,
     }
 
 
@@ -74,7 +85,6 @@ def _check(opened: Opened) -> None:
         ("input_side" in config.vision, "pictures of another side than the backbone's own"),
         (config.vision_norm, "the vision backbone's final norm (vision_norm)"),
         (decoder not in _TYPES, f"the language model {decoder}"),
-        (bool(config.language.get("tie_word_embeddings")), "tied word embeddings"),
         (config.tiling is not None and not is_next(config), "tiling other than LLaVA-NeXT's"),
         (spec.mode == "resize", "pictures squeezed to a square"),
         (not pads_with_mean(spec), f"the padding colour {spec.canvas_color}"),
@@ -99,6 +109,8 @@ def _config(opened: Opened, tower: str, dtype: torch.dtype) -> dict[str, Any]:
     spec = opened.processor.image_spec
     return {
         **language,
+        # Its released code never ties; a tied head is written out as the copy it is.
+        "tie_word_embeddings": False,
         "architectures": [f"Llava{_CLASSES[decoder]}ForCausalLM"],
         "model_type": _TYPES[decoder],
         "rope_theta": theta,
