@@ -96,6 +96,18 @@ def test_transparent_pixels_are_white_here_and_their_hidden_colour_there(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_ignored_transparency_is_theirs(kind: str, mode: str) -> None:
+    picture = PIL.Image.fromarray(noise(70, 41, 4), "RGBA")
+    data = stored(picture.convert(mode) if mode != "P" else picture.convert("RGB").quantize(16))
+    make, spec = KINDS[kind]
+    opened = load_image(PIL.Image.open(io.BytesIO(data)))
+    theirs = make()(opened, return_tensors="pt")["pixel_values"][0]
+    ours = preprocess(open_image(data, transparency="ignored"), spec)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(kind: str, orientation: int) -> None:
     exif = PIL.Image.Exif()

@@ -66,6 +66,7 @@ def image_spec(directory: Path, side: int, tiling: TilingSpec | None = None) -> 
         (std[0], std[1], std[2]),
         resample=_FILTERS[number],
         tiling=tiling,
+        transparency="ignored",
     )
 
 

@@ -144,7 +144,8 @@ def instructblip_images(directory: Path | str) -> ImageSpec:
             f"published checkpoint is needed; copy it there."
         )
     mean, std = data.get("image_mean") or CLIP_MEAN, data.get("image_std") or CLIP_STD
-    return ImageSpec("resize", height, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+    means, stds = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    return ImageSpec("resize", height, means, stds, transparency="ignored")
 
 
 def instruction_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:

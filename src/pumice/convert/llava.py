@@ -227,6 +227,7 @@ def _processor(
         tower.mean,
         tower.std,
         tiling=tiling,
+        transparency="ignored",
     )
     tokens, side = view_tokens(lmm_config)
     return Processor(tokenizer, spec, template, None, tokens, view_side=side)

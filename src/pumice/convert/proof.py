@@ -95,8 +95,8 @@ def _results(
     yield "opened again", _ask_result(source, written, to)
     gc.collect()
     if to == "hf" and _has_room(written):
-        speaker = TransformersSpeaker(written, source.processor, dtype)
-        yield "transformers", measure(speaker, source.probes)
+        # The model is gone before its answers are compared.
+        yield "transformers", _ask_transformers(source, written, dtype)
 
 
 def _ask_result(source: Source, written: Path, to: str) -> list[Measured]:
@@ -114,6 +114,10 @@ def _ask_result(source: Source, written: Path, to: str) -> list[Measured]:
             f"--template."
         )
     return _ask(again, source.probes)
+
+
+def _ask_transformers(source: Source, written: Path, dtype: torch.dtype) -> list[Measured]:
+    return measure(TransformersSpeaker(written, source.processor, dtype), source.probes)
 
 
 def _ask(opened: Opened, probes: list[Probe], dtype: torch.dtype | None = None) -> list[Measured]:

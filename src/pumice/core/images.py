@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import PIL.Image
@@ -22,6 +22,7 @@ log = get_logger(__name__)
 MAX_PIXELS = 100_000_000
 
 ImageSource = Path | bytes | PIL.Image.Image
+Transparency = Literal["white", "ignored"]
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -52,24 +53,29 @@ _pillow_limit = threading.Lock()
 
 
 def open_image(
-    source: ImageSource, *, max_pixels: int = MAX_PIXELS, where: str = ""
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    where: str = "",
+    transparency: Transparency = "white",
 ) -> PIL.Image.Image:
     """The picture as upright 8-bit RGB, decoded in full; `where` names the sample in errors.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and float grey values are
+    EXIF orientation is applied, transparency is laid on white (or `ignored`: the colours that the
+    file hides are shown, as transformers and LLaVA show them), 16-bit and float grey values are
     scaled (not cut off) to 8 bits. Of several frames the first is taken, with a logged note; of an
     opened PIL image, which is left as it is, the current one.
     """
     if isinstance(source, PIL.Image.Image):
         name = _name(source)
         _check_size(source.size, max_pixels, name, where)
-        return _decode(source, name, where)
+        return _decode(source, name, where, transparency)
     name = _name(source)
     with _opened(source, name, where) as file:
         image = _identify(file, name, where)
         _check_size(image.size, max_pixels, name, where)
         _note_frames(image, name, where)
-        return _decode(image, name, where)
+        return _decode(image, name, where, transparency)
 
 
 def image_size(source: ImageSource, *, where: str = "") -> tuple[int, int]:
@@ -175,7 +181,9 @@ def _note_frames(image: PIL.Image.Image, name: str, where: str) -> None:
         log.info("%simage %s has several frames; the first one is used", prefix, name)
 
 
-def _decode(image: PIL.Image.Image, name: str, where: str) -> PIL.Image.Image:
+def _decode(
+    image: PIL.Image.Image, name: str, where: str, transparency: Transparency
+) -> PIL.Image.Image:
     try:
         image.load()
     except _DAMAGE as error:
@@ -183,7 +191,7 @@ def _decode(image: PIL.Image.Image, name: str, where: str) -> PIL.Image.Image:
     # After load(), because Pillow turns TIFF pictures upright while it loads them.
     upright = _UPRIGHT.get(_orientation(image))
     try:
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, transparency)
     except ValueError as error:
         what = f"cannot be turned into RGB from mode {image.mode} ({error})"
         raise _error(where, name, what, "Save it as an RGB picture first.") from error
@@ -210,10 +218,10 @@ def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image, transparency: Transparency) -> PIL.Image.Image:
     if image.mode.startswith(("I", "F")):
         return _grey_to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
+    if image.has_transparency_data and transparency == "white":
         coloured = image.convert("RGBA")
         white = PIL.Image.new("RGBA", coloured.size, "white")
         return PIL.Image.alpha_composite(white, coloured).convert("RGB")

@@ -17,6 +17,7 @@ import PIL.Image
 import torch
 
 from pumice.core.errors import PumiceError
+from pumice.core.images import Transparency
 from pumice.core.registry import check_choice, check_settings
 from pumice.models.constants import CLIP_MEAN as CLIP_MEAN
 from pumice.models.constants import CLIP_STD as CLIP_STD
@@ -41,6 +42,7 @@ class ImageSpec:
     """How pictures become tensors. `pad_color` None is the mean colour, as in LLaVA-1.5.
 
     With `tiling` a picture is cut into tiles, and `mode` makes the view of the whole beside them.
+    `transparency` is what becomes of see-through pixels when the picture is opened.
     """
 
     mode: Mode
@@ -50,10 +52,12 @@ class ImageSpec:
     pad_color: tuple[int, int, int] | None = None
     resample: Resample = "bicubic"
     tiling: TilingSpec | None = None
+    transparency: Transparency = "white"
 
     def __post_init__(self) -> None:
         check_choice("image mode", self.mode, get_args(Mode))
         check_choice("image resample", self.resample, get_args(Resample))
+        check_choice("image transparency", self.transparency, get_args(Transparency))
         if not isinstance(self.size, int) or self.size < 1:
             raise PumiceError(
                 f"image size is {self.size!r}; a whole number of pixels from 1 is allowed. Use the "

@@ -175,7 +175,7 @@ class Processor:
 
     def load_image(self, image: ImagePart, where: str = "") -> tuple[torch.Tensor, tuple[int, int]]:
         """One image opened and prepared -> float[V, 3, S, S], its views, and width and height."""
-        opened = open_image(image.image, where=where)
+        opened = open_image(image.image, where=where, transparency=self.image_spec.transparency)
         plan = self.plan(opened.size)
         if plan is None:
             return preprocess(opened, self.image_spec).unsqueeze(0), opened.size
