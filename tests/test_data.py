@@ -145,14 +145,15 @@ def test_several_images_stay_in_their_places(tmp_path: Path) -> None:
         (row([("human", "<image>"), ("gpt", "An <image>.")], image="a.jpg"), "gpt turn holds"),
         (row(ASKED, image=3), "'image' is 3"),
         (row(ASKED, image=""), "'image' is ''"),
-        (row(ASKED, image=[None]), "'image' is [None]"),
+        (row(ASKED, image=[None]), "'image' is None"),
         (row([("user", "What?"), ("gpt", "A.")]), "turn 1: 'from' is 'user'; allowed: human, gpt"),
         (row([("gpt", "Hi."), ("human", "What?"), ("gpt", "A.")]), "must begin with 'human'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "given int"),
         ({"conversations": [{"value": "What?"}]}, "'from' is None"),
         ({"conversations": ["What?"]}, "given str"),
         ({"conversations": []}, "given []"),
-        ({"messages": []}, "given keys"),
+        ({"messages": []}, "'messages' must be a list"),
+        ({"dialogue": []}, "given keys"),
     ],
 )
 @pytest.mark.parametrize("write", WRITERS)

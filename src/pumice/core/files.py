@@ -139,6 +139,12 @@ def write_json(path: Path | str, obj: Any) -> None:
     write_atomic(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
 
 
+def cache_dir() -> Path:
+    """Where what can be made again is kept between runs; `PUMICE_CACHE` moves it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PUMICE_CACHE") or Path(base) / "pumice")
+
+
 def entries_of(directory: Path) -> str:
     """The names in a directory for an error message, eight at most; "nothing" without any."""
     held = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []

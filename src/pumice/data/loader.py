@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from pumice.core.errors import PumiceError
 from pumice.core.log import get_logger
 from pumice.core.types import Sample
-from pumice.data.mixture import Mixture, shuffled
+from pumice.data.mixture import Mixture, Numbers, shuffled
 
 if TYPE_CHECKING:
     from pumice.processing.collate import Batch
@@ -78,7 +80,7 @@ class Loader:
         self.group_by_length, self.max_tokens = group_by_length, max_tokens
         self.rank, self.world_size = rank, world_size
         self._collate = collate
-        self._epoch: tuple[int, list[Row]] | None = None
+        self._epoch: tuple[int, Numbers] | None = None
         self._window: tuple[tuple[int, int], list[list[Row]]] | None = None
         filled = self.steps_per_epoch * batch_size - len(mixture)
         if filled:
@@ -135,14 +137,14 @@ class Loader:
         sample = self.mixture.parts[source].source[row]
         return self.processor.encode(sample, self.max_tokens)
 
-    def _order(self, epoch: int) -> list[Row]:
-        """All rows of an epoch, filled up to whole batches."""
+    def _order(self, epoch: int) -> Numbers:
+        """int[rows, 2]: all rows of an epoch, filled up to whole batches."""
         if self._epoch is None or self._epoch[0] != epoch:
             wanted = self.steps_per_epoch * self.batch_size
-            rows, following = self.mixture.order(epoch), epoch + 1
+            rows, following = self.mixture.order_array(epoch), epoch + 1
             while len(rows) < wanted:
-                rows += self.mixture.order(following)[: wanted - len(rows)]
-                following += 1
+                more = self.mixture.order_array(following)[: wanted - len(rows)]
+                rows, following = np.concatenate([rows, more]), following + 1
             self._epoch = (epoch, rows)
         return self._epoch[1]
 
@@ -150,7 +152,8 @@ class Loader:
         """The whole batches (of all processes) of one window."""
         if self._window is None or self._window[0] != (epoch, window):
             start = window * WINDOW * self.batch_size
-            rows = self._order(epoch)[start : start + WINDOW * self.batch_size]
+            places = self._order(epoch)[start : start + WINDOW * self.batch_size]
+            rows = [(source, row) for source, row in places.tolist()]
             if self.group_by_length:
                 rows.sort(key=lambda row: (self._length(row), row))
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
