@@ -171,13 +171,15 @@ def keep_recipe(recipe: Recipe, out: Path) -> None:
 
 def prepare_data(recipe: Recipe, out: Path) -> Path:
     """The directory the recipe's paths are relative to, with every training file in it."""
+    from pumice.data.open_source import is_pattern
+
     data = out / "data" if recipe.data is None else Path(recipe.data).expanduser()
     if recipe.world is not None:
         ensure_world(data, **recipe.world.model_dump())
     for name, stage in recipe.stage_list():
         for entry in stage.data:
-            for path in (data / entry.path, data / entry.images):
-                if not path.exists():
+            for path in (data / name for name in (entry.path, entry.images) if name is not None):
+                if not path.exists() and not is_pattern(path):
                     raise PumiceError(
                         f"stage {name!r} of recipe {recipe.name!r} reads {path}, which does not "
                         "exist. Set data=DIR to the directory the recipe's paths are relative to."
@@ -235,9 +237,11 @@ def _stage_spec(
         data=tuple(
             DataSpec(
                 path=data / entry.path,
-                images=data / entry.images,
+                images=None if entry.images is None else data / entry.images,
                 weight=entry.weight,
                 cap=entry.cap,
+                kind=entry.kind,
+                question=entry.question,
             )
             for entry in stage.data
         ),

@@ -16,6 +16,8 @@ from pumice.core.log import get_logger
 
 log = get_logger(__name__)
 
+_END = 2**20
+
 
 def read_json(path: Path | str) -> Any:
     """The content of a JSON file; a missing or broken file is an error that says where."""
@@ -164,6 +166,20 @@ def sha256_file(path: Path | str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _cannot_read(path, error) from error
+
+
+def sha256_ends(path: Path | str) -> str:
+    """Size and SHA-256 of the first and last MiB, for files too large to be read whole."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            ends = file.read(_END)
+            file.seek(max(size - _END, 0))
+            ends += file.read(_END)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    return f"{size} {sha256_bytes(ends)}"
 
 
 def _read_bytes(path: Path) -> bytes:

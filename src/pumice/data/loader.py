@@ -16,7 +16,8 @@ import numpy as np
 from pumice.core.errors import PumiceError
 from pumice.core.log import get_logger
 from pumice.core.types import Sample
-from pumice.data.mixture import Mixture, Numbers, shuffled
+from pumice.data.blocks import Numbers
+from pumice.data.mixture import Mixture, shuffled
 
 if TYPE_CHECKING:
     from pumice.processing.collate import Batch

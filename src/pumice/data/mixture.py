@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import sha256_bytes
-from pumice.data.sources import Source
-
-Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]
+from pumice.data.blocks import Numbers, blockwise
+from pumice.data.sources import InBlocks, Source
 
 
 class Part(NamedTuple):
@@ -66,7 +66,12 @@ class Mixture:
             sources.append(np.full(count, index))
         places = shuffled(len(self), self.seed, "order", epoch)
         pairs = np.stack([np.concatenate(sources), np.concatenate(rows)], axis=1)
-        return pairs.astype(np.int32)[places]
+        pairs = pairs.astype(np.int32)[places]
+        for index, part in enumerate(self.parts):
+            if isinstance(part.source, InBlocks):
+                # Shuffled among the other sources, but still one block after the other.
+                pairs[pairs[:, 0] == index, 1] = rows[index]
+        return pairs
 
     def fingerprint(self) -> str:
         """A hash that two mixtures share when they give the same rows in the same order."""
@@ -88,12 +93,21 @@ class Mixture:
         """`count` rows from `start` on, out of an endless row of shuffles of the whole source."""
         rows = self._rows[index]
         first, last = start // len(rows), (start + count - 1) // len(rows)
-        rounds = [
-            rows[shuffled(len(rows), self.seed, "rows", index, number)]
-            for number in range(first, last + 1)
-        ]
+        rounds = [self._round(index, number) for number in range(first, last + 1)]
         offset = start - first * len(rows)
         return np.concatenate(rounds)[offset : offset + count]
+
+    def _round(self, index: int, number: int) -> Numbers:
+        """All rows of a source once, in the order of one round."""
+        rows, source = self._rows[index], self.parts[index].source
+        if isinstance(source, InBlocks):
+            permute = partial(_permuted, (self.seed, "rows", index, number))
+            return blockwise(rows, source.blocks, permute)
+        return rows[shuffled(len(rows), self.seed, "rows", index, number)]
+
+
+def _permuted(key: tuple[int | str, ...], size: int, *more: int | str) -> Numbers:
+    return shuffled(size, *key, *more)
 
 
 def shuffled(size: int, *key: int | str) -> Numbers:

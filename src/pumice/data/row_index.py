@@ -1,14 +1,11 @@
 """Where every row of a JSON or JSONL file stands, so that rows are read and the file never loaded.
 
-The places of a large file are kept on disk, in the user's cache, and mapped into memory: all
-processes of a machine share them, and the file is gone through once. They hold for one size and
-time of change of the file; a file that changed is gone through again.
+The places of a large file are kept (`kept_places`), so the file is gone through once.
 """
 
 from __future__ import annotations
 
 import codecs
-import io
 import json
 from array import array
 from collections.abc import Iterator
@@ -18,28 +15,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pumice.core.errors import DataError
-from pumice.core.files import (
-    cache_dir,
-    parse_json,
-    parse_row,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-    write_atomic,
-    write_json,
-)
-from pumice.core.log import get_logger
-
-log = get_logger(__name__)
+from pumice.core.files import parse_json, parse_row, sha256_file
+from pumice.data.kept_places import Places, kept_places
 
 # Smaller files are gone through faster than their places are looked up.
 KEPT_FROM = 16 * 2**20
-_FORMAT = 1
 _CHUNK = 2**22
 # No row of training text is as large; what cannot be read up to here is broken.
 _LARGEST_ROW = 2**26
-
-Places = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class RowFile:
@@ -51,7 +34,8 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_list = _is_list(path)
-        self.places, self._sha256 = _places(path, self.is_list)
+        found = kept_places(path, lambda path: _find(path, self.is_list), sha256_file, KEPT_FROM)
+        self.places, self._sha256 = found
         if len(self.places) == 0:
             raise DataError(
                 f"the data file {path} has no rows; at least one is needed. Make the file again, "
@@ -97,38 +81,6 @@ def _is_list(path: Path) -> bool:
             f"file is needed. Check the path, or make the file first."
         ) from error
     return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def _places(path: Path, is_list: bool) -> tuple[Places, str | None]:
-    """The places of all rows, and the SHA-256 of the file if it is known with them."""
-    state = path.stat()
-    if state.st_size < KEPT_FROM:
-        return _find(path, is_list), None
-    name = sha256_bytes(str(path.resolve()).encode())[:24]
-    stamp = f"{state.st_size}-{state.st_mtime_ns}-{_FORMAT}"
-    folder = cache_dir() / "rows"
-    record, kept = folder / f"{name}.{stamp}.json", folder / f"{name}.{stamp}.npy"
-    if record.is_file() and kept.is_file():
-        return np.load(kept, mmap_mode="r"), str(read_json(record)["sha256"])
-    log.info("%s: its rows are looked for once (%.1f GB)", path, state.st_size / 1e9)
-    places, digest = _find(path, is_list), sha256_file(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"{name}.*"):
-            old.unlink(missing_ok=True)
-        _save(kept, places)
-        # Last: its presence says that the places are whole.
-        write_json(record, {"file": str(path), "rows": len(places), "sha256": digest})
-    except OSError as error:
-        log.warning("the places of its rows cannot be kept in %s (%s)", folder, error)
-        return places, digest
-    return np.load(kept, mmap_mode="r"), digest
-
-
-def _save(path: Path, places: Places) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, places)
-    write_atomic(path, buffer.getvalue())
 
 
 def _find(path: Path, is_list: bool) -> Places:

@@ -5,8 +5,10 @@
 | `conversations` | LLaVA: turns `{from: human or gpt, value}`; `<image>` is the place of an image |
 | `messages` | chat: turns `{role, content}`; content is text as above, or a list of parts |
 | `texts` | The Cauldron: `{user, assistant}` pairs; the images stand before the first |
+| `caption`, `text` | an image and its caption, which answers the `question` of the source |
 
-The images of a row stand in `image` or `images`, one or a list. Every fault names the row.
+The images of a row stand in `image`, `images`, `file_name` or `file_names`, one or a list. Every
+fault names the row.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from pumice.core.errors import DataError
 from pumice.core.types import ImagePart, Message, Part, Role, Sample, TextPart
+from pumice.processing.response_formats import CAPTION
 
 SLOT = "<image>"
 ImagePlace = Literal["start", "as_written"]
@@ -25,7 +28,10 @@ FindImage = Callable[[Any, str], Path | bytes]
 
 _SPEAKERS: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_IMAGE_KEYS = ("image", "images")
+_IMAGE_KEYS = ("image", "images", "file_name", "file_names")
+_CAPTION_KEYS = ("caption", "text")
+COLUMNS = ("id", *_IMAGE_KEYS, "conversations", "messages", "texts", *_CAPTION_KEYS)
+"""Every key of a row that is read."""
 
 
 class Slot(NamedTuple):
@@ -51,9 +57,14 @@ def read_sample(
     place: str,
     find_image: FindImage,
     image_place: ImagePlace = "start",
+    question: str = CAPTION,
 ) -> Sample:
-    """The sample of a row, which its `id` or `number` names; its images are not opened."""
+    """The sample of a row, which its `id` or `number` names; its images are not opened.
+
+    `question` is what a bare caption answers.
+    """
     name = row_name(content, number)
+    content = _asked(content, question)
     where = f"sample {name!r} ({place})"
     turns = _layout(content, where)(content, where)
     images = [find_image(entry, where) for entry in image_entries(content)]
@@ -110,6 +121,7 @@ def row_size(content: dict[str, Any]) -> tuple[int, int]:
         turns = content.get(key)
         for turn in turns if isinstance(turns, list) else []:
             texts += [turn.get(name) for name in names] if isinstance(turn, dict) else []
+    texts += [content.get(key) for key in _CAPTION_KEYS]
     parts = [part.get("text") for text in texts if isinstance(text, list) for part in text]
     return sum(len(text) for text in texts + parts if isinstance(text, str)), len(
         image_entries(content)
@@ -134,6 +146,19 @@ def file_image(folder: Path) -> FindImage:
         )
 
     return find
+
+
+def _asked(content: dict[str, Any], question: str) -> dict[str, Any]:
+    """A caption without a conversation as the answer to the question; other rows as they are."""
+    if any(content.get(key) is not None for key in _LAYOUTS):
+        return content
+    caption = next((content[key] for key in _CAPTION_KEYS if key in content), None)
+    if not isinstance(caption, str):
+        return content
+    slots = SLOT * len(image_entries(content))
+    asked = f"{slots}\n{question}" if slots else question
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": caption}]
+    return {**content, "conversations": turns}
 
 
 def _layout(content: dict[str, Any], where: str) -> Callable[[dict[str, Any], str], list[Turn]]:

@@ -1,18 +1,20 @@
-"""Files of training conversations, read one row at a time; every fault names its row.
+"""Training conversations, read one row at a time; every fault names its row.
 
-`open_source` opens any of them; the table `SOURCES` says which kind a path is.
+The other kinds of source, and the table that says which a path is: `open_source`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 from pumice.core.registry import check_choice
 from pumice.core.types import Sample
+from pumice.data.blocks import Blocks
 from pumice.data.row_index import RowFile
 from pumice.data.row_layouts import SLOT as SLOT
 from pumice.data.row_layouts import ImagePlace, file_image, read_sample, row_size
+from pumice.processing.response_formats import CAPTION
 
 
 class Source(Protocol):
@@ -31,9 +33,21 @@ class Source(Protocol):
         """Characters of text and number of images: a cheap measure of the row's length."""
         ...
 
+    def content(self, row: int) -> dict[str, Any]:
+        """The row as it is written."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes when the rows change."""
         ...
+
+
+@runtime_checkable
+class InBlocks(Protocol):
+    """A source whose rows are read fastest near each other."""
+
+    @property
+    def blocks(self) -> Blocks: ...
 
 
 class LlavaJson:
@@ -44,11 +58,15 @@ class LlavaJson:
     """
 
     def __init__(
-        self, path: Path | str, images_dir: Path | str, image_place: ImagePlace = "start"
+        self,
+        path: Path | str,
+        images_dir: Path | str,
+        image_place: ImagePlace = "start",
+        question: str = CAPTION,
     ) -> None:
         check_choice("image_place", image_place, get_args(ImagePlace))
         self.path, self.images_dir = Path(path), Path(images_dir)
-        self.image_place = image_place
+        self.image_place, self.question = image_place, question
         self.name = str(self.path)
         self.rows = RowFile(self.path)
         self._find_image = file_image(self.images_dir)
@@ -65,6 +83,7 @@ class LlavaJson:
             place=self.rows.place(row),
             find_image=self._find_image,
             image_place=self.image_place,
+            question=self.question,
         )
 
     def size(self, row: int) -> tuple[int, int]:

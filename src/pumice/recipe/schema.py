@@ -59,12 +59,18 @@ class World(Section):
 
 
 class DataFile(Section):
-    """One training file: conversations, their images, and their share of the mixture."""
+    """One source of training rows (docs/sources.md), their images, their share of the mixture."""
 
     path: str
-    images: str
+    """A file, a directory, or a pattern such as shards/{000..127}.tar."""
+    images: str | None = None
+    """The directory of the images that rows name; null for where the path lies."""
     weight: PositiveFloat = 1.0
     cap: PositiveInt | None = None
+    kind: Literal["dataset", "parquet", "tar", "folder", "json"] | None = None
+    """Null lets the content decide."""
+    question: str | None = None
+    """What captions without a conversation answer."""
 
 
 class Lora(Section):

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pumice.core.files import read_json, sha256_bytes, sha256_file
+from pumice.core.files import read_json, sha256_bytes, sha256_ends, sha256_file
 from pumice.core.shipped import SHIPPED_DIR
 
 if TYPE_CHECKING:
-    from pumice.train.stages import StageSpec
+    from pumice.train.stages import DataSpec, StageSpec
 
 # They decide how often a stage is saved and how fast it reads, not what it computes.
 _FREE = ("workers", "save_every")
@@ -23,9 +23,8 @@ _READ_WHOLE = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
-_WEIGHTS = {".safetensors", ".bin"}
 # Training changes every tensor, so the ends of a file tell two trainings apart; 13 GB are not read.
-_SAMPLE = 2**20
+_WEIGHTS = {".safetensors", ".bin"}
 
 
 def spec_fingerprint(spec: StageSpec) -> str:
@@ -36,10 +35,7 @@ def spec_fingerprint(spec: StageSpec) -> str:
     content: dict[str, Any] = asdict(spec)
     for key in _FREE:
         content.pop(key)
-    content["data"] = [
-        {"sha256": sha256_file(entry.path), "weight": entry.weight, "cap": entry.cap}
-        for entry in spec.data
-    ]
+    content["data"] = [_data_content(entry) for entry in spec.data]
     content["vision"] = [_folder_content(folder) for folder in spec.vision]
     content["language"] = _folder_content(spec.language)
     # A stage without it is named as it was before there was such a thing.
@@ -76,10 +72,16 @@ def _told(path: Path, out: Path) -> str:
     return "/".join(("...", *path.parts[1:][-2:]))
 
 
+def _data_content(entry: DataSpec) -> dict[str, Any]:
+    content = {"sha256": entry.open().fingerprint(), "weight": entry.weight, "cap": entry.cap}
+    # Data without it is named as it was before there was such a thing.
+    return content if entry.question is None else content | {"question": entry.question}
+
+
 def _folder_content(folder: Path) -> dict[str, str]:
     found = {name: sha256_file(folder / name) for name in _READ_WHOLE if (folder / name).is_file()}
     weights = (path for path in sorted(folder.glob("*")) if path.suffix in _WEIGHTS)
-    return found | {path.name: _sampled(path) for path in weights}
+    return found | {path.name: sha256_ends(path) for path in weights}
 
 
 def _connector_content(source: Path) -> dict[str, str]:
@@ -95,13 +97,3 @@ def _checkpoint_content(folder: Path) -> dict[str, str]:
     if made is None:
         return _folder_content(folder)
     return {"fingerprint": made, "config.json": sha256_file(folder / "config.json")}
-
-
-def _sampled(path: Path) -> str:
-    """Size and a hash of both ends of a file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        ends = file.read(_SAMPLE)
-        file.seek(max(size - _SAMPLE, 0))
-        ends += file.read(_SAMPLE)
-    return f"{size} {sha256_bytes(ends)}"

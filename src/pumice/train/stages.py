@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from pumice.data.loader import Loader
+    from pumice.data.sources import Source
     from pumice.models.config import LMMConfig
     from pumice.models.feature_cache import FeatureCache
     from pumice.models.lmm import LMM
@@ -42,12 +43,24 @@ PARTS = ("vision", "connector", "language")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSpec:
-    """One LLaVA JSON or JSONL file, its image directory and its share of the mixture."""
+    """One source of rows, the directory of its images and its share of the mixture.
+
+    `kind` is a name of the table in `data.open_source` (None: the content decides), `question` is
+    what a caption without a conversation answers.
+    """
 
     path: Path
-    images: Path
+    images: Path | None
     weight: float | None = None
     cap: int | None = None
+    kind: str | None = None
+    question: str | None = None
+
+    def open(self) -> Source:
+        """Its rows."""
+        from pumice.data.open_source import open_source
+
+        return open_source(self.path, self.images, kind=self.kind, question=self.question)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,9 +332,8 @@ def _instruction_reader(
 def _build_loader(spec: StageSpec, processor: Processor) -> Loader:
     from pumice.data.loader import Loader
     from pumice.data.mixture import Mixture, Part
-    from pumice.data.sources import LlavaJson
 
-    parts = [Part(LlavaJson(d.path, d.images), d.weight, d.cap) for d in spec.data]
+    parts = [Part(entry.open(), entry.weight, entry.cap) for entry in spec.data]
     return Loader(
         Mixture(parts, spec.seed), processor, spec.batch_size, seed=spec.seed,
         workers=spec.workers, group_by_length=spec.group_by_length, max_tokens=spec.max_tokens,
