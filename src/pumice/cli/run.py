@@ -201,6 +201,11 @@ def stage_specs(
     return specs
 
 
+def first_stage_spec(recipe: Recipe, stage: str) -> StageSpec:
+    """A stage as if no other came before it: what reads its data, without any checkpoint."""
+    return _stage_spec(recipe, stage, dict(recipe.stage_list())[stage], data=Path(), init=None)
+
+
 def _stage_spec(
     recipe: Recipe,
     name: str,

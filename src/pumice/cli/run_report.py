@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pumice
-from pumice.core.files import read_jsonl
+from pumice.core.files import read_json, read_jsonl
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.examples import pick_examples
 from pumice.eval.report import Example, ReportData, Tiling, score_row, write_report
 from pumice.recipe.load import resolved_yaml
+from pumice.train.data_card import card_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,9 +121,18 @@ def _facts(recipe: Recipe, results: Sequence[StageResult]) -> dict[str, str]:
     return {
         "Model": f"{model.vision} + {model.connector} + {model.language}",
         "Checkpoint": str(results[-1].checkpoint),
+        "Data": "; ".join(_data_cards(results)),
         "Seed": str(recipe.seed),
         "Made with": f"pumice {pumice.__version__}, Python {platform.python_version()}",
     }
+
+
+def _data_cards(results: Sequence[StageResult]) -> list[str]:
+    """Every source of every stage once, with what its verification found."""
+    records = [read_json(result.checkpoint / "training.json") for result in results]
+    # A stage of an older version says nothing of its data.
+    cards = [card_text(entry) for record in records for entry in record.get("data", [])]
+    return list(dict.fromkeys(cards)) or ["not recorded"]
 
 
 def _costs(results: Sequence[StageResult], seconds: float) -> list[dict[str, str]]:

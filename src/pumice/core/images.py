@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -76,6 +76,25 @@ def open_image(
         _check_size(image.size, max_pixels, name, where)
         _note_frames(image, name, where)
         return _decode(image, name, where, transparency)
+
+
+class ImageHeader(NamedTuple):
+    """What a picture's header says: upright width and height, Pillow's mode, EXIF orientation."""
+
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+    transparent: bool
+
+
+def image_header(source: Path | bytes, *, where: str = "") -> ImageHeader:
+    """The header of a picture; no pixel is decoded."""
+    name = _name(source)
+    with _opened(source, name, where) as file:
+        image = _identify(file, name, where)
+        return ImageHeader(
+            _upright_size(image), image.mode, _orientation(image), image.has_transparency_data
+        )
 
 
 def image_size(source: ImageSource, *, where: str = "") -> tuple[int, int]:

@@ -37,10 +37,14 @@ class ImageFolder:
         return read_sample(
             self.content(row),
             number=row,
-            place=f"{self.folder}, row {row + 1}",
+            place=self.place(row),
             find_image=self._find_image,
             question=self.question,
         )
+
+    def place(self, row: int) -> str:
+        """The row, counted from 1."""
+        return f"{self.folder}, row {row + 1}"
 
     def size(self, row: int) -> tuple[int, int]:
         """Characters of text and number of images."""

@@ -47,19 +47,25 @@ class RowFile:
 
     def read(self, row: int) -> dict[str, Any]:
         """The object of row 0..len-1."""
-        start, other = (int(number) for number in self.places[row])
-        # Opened anew each time: rows are read by several threads, which must not share a position.
-        with self.path.open("rb") as file:
-            file.seek(start)
-            if not self.is_list:
-                return parse_row(file.readline(), file=self.path, line=other)
-            content = parse_json(file.read(other - start), file=self.path)
+        if not self.is_list:
+            return parse_row(self.raw(row), file=self.path, line=int(self.places[row][1]))
+        content = parse_json(self.raw(row), file=self.path)
         if not isinstance(content, dict):
             raise DataError(
                 f"{self.place(row)}: a row must be a JSON object {{...}}, given "
                 f"{type(content).__name__}. Correct or remove this row."
             )
         return content
+
+    def raw(self, row: int) -> bytes:
+        """The bytes of a row as they stand in the file."""
+        start, other = (int(number) for number in self.places[row])
+        # Opened anew each time: rows are read by several threads, which must not share a position.
+        with self.path.open("rb") as file:
+            file.seek(start)
+            if self.is_list:
+                return file.read(other - start)
+            return file.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
 
     def place(self, row: int) -> str:
         """How errors name a row."""

@@ -34,6 +34,10 @@ COLUMNS = ("id", *_IMAGE_KEYS, "conversations", "messages", "texts", *_CAPTION_K
 """Every key of a row that is read."""
 
 
+class SlotError(DataError):
+    """The places of images in the text and the images of the row do not match."""
+
+
 class Slot(NamedTuple):
     """The place of an image in a turn: of a certain one of the row, or of the next one."""
 
@@ -290,7 +294,7 @@ def _check_slots(turns: list[Turn], images: Sequence[Path | bytes], where: str) 
     for turn in turns:
         if turn.role != "user" and any(isinstance(piece, Slot) for piece in turn.pieces):
             who = "gpt" if turn.role == "assistant" else turn.role
-            raise DataError(
+            raise SlotError(
                 f"{where}: a {who} turn holds {SLOT}, the place of an image; only human turns may, "
                 f"for the {len(images)} images{named} of the row. Remove it, or write the word "
                 f"another way."
@@ -298,7 +302,7 @@ def _check_slots(turns: list[Turn], images: Sequence[Path | bytes], where: str) 
     numbers = sorted(slot.number for slot in slots if slot.number is not None)
     if len(slots) != len(images) or (numbers and numbers != list(range(len(images)))):
         counted = f" with the numbers {numbers}" if numbers else ""
-        raise DataError(
+        raise SlotError(
             f"{where}: the text has {len(slots)} {SLOT}{counted} but the row has {len(images)} "
             f"images{named}; the numbers must be equal. Add or remove {SLOT} or 'image' entries "
             f"of the row."

@@ -37,6 +37,10 @@ class Source(Protocol):
         """The row as it is written."""
         ...
 
+    def place(self, row: int) -> str:
+        """How errors name a row, readable or not."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes when the rows change."""
         ...
@@ -80,7 +84,7 @@ class LlavaJson:
         return read_sample(
             self.rows.read(row),
             number=row,
-            place=self.rows.place(row),
+            place=self.place(row),
             find_image=self._find_image,
             image_place=self.image_place,
             question=self.question,
@@ -93,6 +97,10 @@ class LlavaJson:
     def content(self, row: int) -> dict[str, Any]:
         """The row as it is written."""
         return self.rows.read(row)
+
+    def place(self, row: int) -> str:
+        """The file and the row or line, counted from 1."""
+        return self.rows.place(row)
 
     def fingerprint(self) -> str:
         """The SHA-256 of the file."""

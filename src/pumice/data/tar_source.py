@@ -76,15 +76,23 @@ class TarShards:
         """The row as it is written, with the names of its images."""
         return self._content(*self._members(row))
 
+    def place(self, row: int) -> str:
+        """The shard and the sample's number in it, counted from 1."""
+        shard = self._shard(row)
+        return f"{self.shards[shard]}, sample {row - int(self._starts[shard]) + 1} of it"
+
     def fingerprint(self) -> str:
         """Of the shards' sizes, ends and the places of their samples."""
         return sha256_bytes(json.dumps(self._digests).encode())
+
+    def _shard(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def _members(self, row: int) -> tuple[dict[str, bytes], str]:
         """The files of a sample by what follows its key, and how errors name it."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.name}, which has {len(self)} rows")
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        shard = self._shard(row)
         begin, end = (int(n) for n in self._places[shard][row - int(self._starts[shard])])
         path = self.shards[shard]
         with path.open("rb") as file:

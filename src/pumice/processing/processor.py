@@ -142,14 +142,14 @@ class Processor:
             text_encoder=self._text,
         )
 
-    def encode(self, sample: Sample, max_tokens: int | None = None) -> Encoded:
-        """A training conversation; pixel_values float[N, 3, S, S].
+    def encode(self, sample: Sample, max_tokens: int | None = None, pixels: bool = True) -> Encoded:
+        """A training conversation; pixel_values float[N, 3, S, S], without `pixels` N = 0.
 
         More than `max_tokens` tokens (image tokens counted) is an error; nothing is cut off.
         """
         where = f"sample {sample.id!r}" + (f" ({sample.source})" if sample.source else "")
         encoded = self._encode(
-            sample.messages, where, open_turn=False, max_tokens=max_tokens, pixels=True
+            sample.messages, where, open_turn=False, max_tokens=max_tokens, pixels=pixels
         )
         encoded.sample_id = sample.id
         return encoded

@@ -50,7 +50,7 @@ def spec_record(spec: StageSpec, out: Path) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
-            return _told(value, out)
+            return told(value, out)
         if isinstance(value, dict):
             return {key: plain(entry) for key, entry in value.items()}
         return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
@@ -59,7 +59,7 @@ def spec_record(spec: StageSpec, out: Path) -> dict[str, Any]:
     return record
 
 
-def _told(path: Path, out: Path) -> str:
+def told(path: Path, out: Path) -> str:
     """A path for people: relative to the output or the package, else as given; never absolute."""
     for base in (out, SHIPPED_DIR):
         if path.resolve().is_relative_to(base.resolve()):

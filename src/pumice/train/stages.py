@@ -24,6 +24,7 @@ from pumice.train.adapters import (
     should_move,
     weight_hashes,
 )
+from pumice.train.data_card import data_card
 from pumice.train.fingerprint import spec_fingerprint, spec_record
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def run_stage(
         "stage": spec.name,
         "spec": spec_record(spec, out),
         "fingerprint": fingerprint,
+        "data": data_card(spec.data, out),
         "parts": {n: {"before": before[n], "after": after[n], "moved": before[n] != after[n]}
                   for n in before},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
@@ -313,6 +315,16 @@ def _build_processor(spec: StageSpec, lmm: LMM) -> Processor:
         image_mark=lmm.cross_attention is not None,
         instruction=_instruction_reader(spec, lmm),
     )
+
+
+def stage_processor(spec: StageSpec) -> Processor:
+    """The processor a stage without `init` reads its data with; no weight is read."""
+    import torch
+
+    from pumice.models.lmm import LMM
+
+    with torch.device("meta"):
+        return _build_processor(spec, LMM.from_config(model_config(spec), init=False))
 
 
 def _instruction_reader(

@@ -1,0 +1,41 @@
+"""What a stage says of its data: the rows, and what `pumice data verify` found in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pumice.train.fingerprint import told
+
+if TYPE_CHECKING:
+    from pumice.train.stages import DataSpec
+
+_KEPT = ("policy", "rows_with_errors", "counts", "checked", "dropped")
+
+
+def data_card(data: Sequence[DataSpec], out: Path) -> list[dict[str, Any]]:
+    """One entry for each source; `verified` is None where no manifest fits the data as it is."""
+    from pumice.data.verify_files import read_summary
+
+    card = []
+    for entry in data:
+        source = entry.open()
+        summary = read_summary(entry.path, source.fingerprint())
+        verified = summary and {key: summary[key] for key in _KEPT if key in summary}
+        card.append({"path": told(entry.path, out), "rows": len(source), "verified": verified})
+    return card
+
+
+def card_text(entry: dict[str, Any]) -> str:
+    """An entry of the card in words."""
+    rows, verified = f"{entry['rows']:,} rows", entry["verified"]
+    if verified is None:
+        return f"{entry['path']}: {rows}, not verified"
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in verified["counts"].items())
+    bad = verified["rows_with_errors"]
+    words = f"{entry['path']}: {rows}, verified, {f'{bad:,} with errors' if bad else 'no errors'}"
+    dropped = verified.get("dropped")
+    if dropped:
+        words += f"; {dropped['rows']:,} bad rows were dropped"
+    return f"{words} ({counts})" if counts else words
