@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from pumice.cli.options import (
     LOADING,
     AllowErrorsOption,
     BatchSizeOption,
+    BenchOptionsOption,
     DataOption,
     JsonOption,
     LimitOption,
@@ -23,10 +24,6 @@ from pumice.cli.options import (
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
 from pumice.cli.weights import weights_hash
-from pumice.core.errors import PumiceError
-
-if TYPE_CHECKING:
-    from pumice.eval.benchmark import Benchmark
 
 
 def register(app: typer.Typer) -> None:
@@ -38,10 +35,11 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: ModelArg,
     bench: Annotated[
-        str, typer.Option("--bench", metavar="NAME[,NAME]", help="The benchmarks to run.")
+        str, typer.Option("--bench", metavar="NAME[,NAME]", help="The benchmarks, or 'all'.")
     ],
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write.")],
+    option: BenchOptionsOption = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = 16,
     control: Annotated[
@@ -57,13 +55,14 @@ def evaluate(
     DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes on where it
     stopped. Exits with 1 when a score is withheld.
     """
+    from pumice.eval.choose import choose_benchmarks
     from pumice.eval.controls import CONTROLS
     from pumice.eval.locate import check_data_dir
     from pumice.eval.runner import run_benchmark
     from pumice.infer.model import load
 
     # All that can be wrong without a model, before minutes are spent on loading one.
-    benchmarks = named_benchmarks(bench.split(","))
+    benchmarks = choose_benchmarks(bench.split(","), option or ())
     check_data_dir(data)
     if control is not None:
         CONTROLS[control]
@@ -91,16 +90,3 @@ def evaluate(
             note(f"{scores.benchmark}: {line}")
     if any(scores.withheld for scores in all_scores):
         raise typer.Exit(1)
-
-
-def named_benchmarks(names: list[str]) -> list[Benchmark]:
-    """The benchmarks of these names, each once; an unknown name is an error before a model runs."""
-    from pumice.eval.benchmarks import BENCHMARKS
-
-    wanted = [name.strip() for name in names if name.strip()]
-    if not wanted:
-        raise PumiceError(
-            f"no benchmark was named; known: {', '.join(BENCHMARKS.names())}. Name one or more, "
-            "with commas between them."
-        )
-    return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]

@@ -49,6 +49,14 @@ AllowErrorsOption = Annotated[
 DataOption = Annotated[
     Path, typer.Option("--data", metavar="DIR", help="Directory of the official files.")
 ]
+BenchOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="BENCH.NAME=VALUE",
+        help="An official version, such as vqav2.scorer=before-2021 (docs/benchmarks.md).",
+    ),
+]
 ResumeOption = Annotated[
     Literal["auto", "never"],
     typer.Option("--resume", help="auto goes on where a run stopped; never starts again."),

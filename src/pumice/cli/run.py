@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pumice.cli.evaluate import named_benchmarks
 from pumice.cli.options import JsonOption, ResumeOption, example
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
@@ -132,7 +131,9 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
         if template not in (None, OWN):
             TEMPLATES[template]
     if recipe.eval is not None:
-        named_benchmarks(recipe.eval.benchmarks)
+        from pumice.eval.choose import choose_benchmarks
+
+        choose_benchmarks(recipe.eval.benchmarks)
 
 
 def connector_source(name: str) -> Path:
@@ -307,6 +308,7 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
     """
     from pumice.cli.run_report import report_run
     from pumice.core.files import write_json
+    from pumice.eval.choose import choose_benchmarks
     from pumice.eval.runner import run_benchmark
     from pumice.infer.model import load
 
@@ -333,7 +335,7 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
                 control=control,
                 seed=recipe.seed,
             )
-            for benchmark in named_benchmarks(chosen.benchmarks)
+            for benchmark in choose_benchmarks(chosen.benchmarks)
         ]
 
     scores, shuffled = scored(None), scored("shuffled")

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from pumice.cli.options import AllowErrorsOption, DataOption, JsonOption, example
+from pumice.cli.options import (
+    AllowErrorsOption,
+    BenchOptionsOption,
+    DataOption,
+    JsonOption,
+    example,
+)
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
 
@@ -22,8 +28,12 @@ def score(
     benchmark: Annotated[str, typer.Argument(metavar="BENCH", help="A benchmark, such as pope.")],
     data: DataOption,
     answers: Annotated[
-        Path, typer.Option("--answers", metavar="FILE", help='Rows {"question_id", "text"}.')
+        Path,
+        typer.Option(
+            "--answers", metavar="FILE", help="LLaVA answer rows, or a file for the server."
+        ),
     ],
+    option: BenchOptionsOption = None,
     allow_errors: AllowErrorsOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -32,10 +42,11 @@ def score(
     The answers are read and scored by the benchmark's official rule.
     Exits with 1 when the score is withheld, because answers are errors or missing.
     """
-    from pumice.eval.benchmarks import BENCHMARKS
+    from pumice.eval.choose import choose_benchmark
     from pumice.eval.runner import rescore
 
-    scores = rescore(BENCHMARKS[benchmark], data, answers, allow_errors=allow_errors)
+    chosen = choose_benchmark(benchmark, option or ())
+    scores = rescore(chosen, data, answers, allow_errors=allow_errors)
     if as_json:
         say_json(scores.to_dict())
     else:

@@ -1,15 +1,18 @@
-"""Normalisation of short answers exactly as the official VQA scorer does it, quirks included.
+"""Normalisation of short answers exactly as the published VQA scorers do it, quirks included.
 
 The order of the steps, the punctuation list, the digits, the articles and the contractions are the
-scorer's (version of 2021-03-11, "Fixed processing answers bug"); a cleaner rule would be another
-metric with the same name.
+official scorer's (version of 2021-03-11, "Fixed processing answers bug"); a cleaner rule would be
+another metric with the same name. `RULES` holds the versions in use, which differ by points.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+
+from pumice.core.registry import Registry
 
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 ARTICLES = frozenset({"a", "an", "the"})
@@ -86,22 +89,72 @@ def normalise(text: str) -> str:
     return process_digits_and_articles(process_punctuation(clean_whitespace(text)))
 
 
-def unanimous(truths: Sequence[str]) -> bool:
-    """True when all annotators wrote the same; the official scorer then normalises nothing."""
-    return len({clean_whitespace(truth) for truth in truths}) <= 1
+@lru_cache(maxsize=1 << 18)
+def normalise_m4c(text: str) -> str:
+    """The processing of M4C, with which LLaVA scores TextVQA and makes uploads.
+
+    Commas and question marks go first, and "'s" becomes a word of its own: "men's" -> "men 's".
+    """
+    words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return normalise(words)
 
 
-def prepare(text: str, truths: Sequence[str]) -> str:
-    """The answer as the official scorer compares it, which depends on the annotators' answers."""
-    return clean_whitespace(text) if unanimous(truths) else normalise(text)
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a published scorer reads an answer and an annotator's; `agreed`: all wrote the same."""
+
+    answer: Callable[[str, bool], str]
+    truth: Callable[[str, bool], str]
+    agreed: Callable[[Sequence[str]], bool]
 
 
-def vqa_accuracy(prepared: str, truths: Sequence[str]) -> float:
+def _unless_agreed(text: str, agreed: bool) -> str:
+    return clean_whitespace(text) if agreed else normalise(text)
+
+
+def _both(read: Callable[[str], str]) -> Callable[[str, bool], str]:
+    return lambda text, _: read(text)
+
+
+def _same(truths: Sequence[str]) -> bool:
+    return len(set(truths)) <= 1
+
+
+RULES: Registry[Rule] = Registry(
+    "VQA scorer",
+    {
+        # Nothing at all is normalised where all annotators agree.
+        "2021": Rule(
+            _unless_agreed, _unless_agreed, lambda truths: _same([*map(clean_whitespace, truths)])
+        ),
+        # Before 2021-03-11: the answer always, annotators' punctuation only; LAVIS has it so.
+        "before-2021": Rule(
+            _both(normalise),
+            lambda text, agreed: text if agreed else process_punctuation(text),
+            _same,
+        ),
+        # OpenFlamingo's and lmms-eval's.
+        "always": Rule(lambda text, _: normalise(text), lambda text, _: normalise(text), _same),
+        "m4c": Rule(
+            lambda text, _: normalise_m4c(text), lambda text, _: normalise_m4c(text), _same
+        ),
+    },
+)
+
+
+def prepare(text: str, truths: Sequence[str], rule: str = "2021") -> str:
+    """The answer as this scorer compares it, which may depend on the annotators' answers."""
+    chosen = RULES[rule]
+    return chosen.answer(text, chosen.agreed(truths))
+
+
+def vqa_accuracy(prepared: str, truths: Sequence[str], rule: str = "2021") -> float:
     """Mean over the annotators of min(1, matches among the others / 3), as officially defined.
 
     Leaving each annotator out in turn makes one vote worth 0.3, two 0.6, three 0.9 and four 1.
     """
-    read = clean_whitespace if unanimous(truths) else normalise
-    matches = [read(truth) == prepared for truth in truths]
+    chosen = RULES[rule]
+    agreed = chosen.agreed(truths)
+    matches = [chosen.truth(truth, agreed) == prepared for truth in truths]
     votes = sum(matches)
     return sum(min(1.0, (votes - own) / 3) for own in matches) / len(truths)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from pumice.core.errors import PumiceError
+from pumice.core.registry import check_choice, suggest
 from pumice.core.types import Prediction
 
 Floats = npt.NDArray[np.float64]
@@ -116,6 +118,28 @@ class Benchmark(ABC):
     decimals: int = 4
     missing_is_wrong: bool = False
     """True: the official scorer counts an unanswered item as wrong. False: no score then."""
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Where official versions differ: what can be chosen, and the values, the default first."""
+
+    def __init__(self, **chosen: str) -> None:
+        """The benchmark with some of its `choices` made; the others keep their default."""
+        for name, value in chosen.items():
+            if name not in self.choices:
+                raise PumiceError(
+                    f"{self.name} has no option {name!r}; it has: "
+                    f"{', '.join(self.choices) or 'none'}.{suggest(name, self.choices)}"
+                )
+            check_choice(f"{self.name}.{name}", value, self.choices[name])
+        self.chosen = {name: values[0] for name, values in self.choices.items()} | chosen
+
+    def with_options(self, chosen: Mapping[str, str]) -> Self:
+        """The same benchmark with these choices made."""
+        return type(self)(**chosen)
+
+    @property
+    def judged(self) -> bool:
+        """False: only a server holds the truths, so answers are collected and not scored."""
+        return True
 
     @abstractmethod
     def load(self, data_dir: Path) -> list[Item]:
@@ -140,6 +164,23 @@ class Benchmark(ABC):
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Everything that decides a score apart from the model: prompt, parser, metric."""
+
+    def tally_group(self, rows: Sequence[Row]) -> dict[str, float]:
+        """What the rows of one group (or of its part in one slice) add to the sums.
+
+        The sum of the rows' tallies, unless the metric asks for something of a group as a whole.
+        """
+        sums: dict[str, float] = defaultdict(float)
+        for row in rows:
+            for key, value in self.tally(row).items():
+                sums[key] += value
+        return dict(sums)
+
+    def prepare(self, items: Sequence[Item]) -> None:  # noqa: B027 - most have nothing to do
+        """Before these items are asked: puts on disk what they show and is not there as a file.
+
+        Raises DataError when their prompts cannot be built as the protocol says.
+        """
 
     def category_metrics(self, sums: Sums) -> dict[str, Floats]:
         """The metrics of one slice of the items, each float[...]."""

@@ -12,15 +12,24 @@ IMAGE_FOLDERS = ("val2014", "{name}/images", "images", "", "{name}", "coco/val20
 
 def find_file(data_dir: Path, name: str, candidates: Iterable[str]) -> Path:
     """The first file that exists: each candidate in `data_dir`, then in `data_dir/name`."""
-    looked = [data_dir / folder / file for file in candidates for folder in ("", name)]
-    for path in looked:
-        if path.is_file():
-            return path
-    where = ", ".join(str(path) for path in looked)
-    raise DataError(
-        f"{name}: no official file found; looked for {where}. Give the directory that holds the "
-        f"benchmark's files with --data, or make them with `pumice world make --out DIR`."
-    )
+    looked = _places(data_dir, name, candidates)
+    found = next((path for path in looked if path.is_file()), None)
+    if found is None:
+        where = ", ".join(str(path) for path in looked)
+        raise DataError(
+            f"{name}: no official file found; looked for {where}. Give the directory that holds "
+            f"the benchmark's files with --data, or make them with `pumice world make --out DIR`."
+        )
+    return found
+
+
+def find_file_if_any(data_dir: Path, name: str, candidates: Iterable[str]) -> Path | None:
+    """As `find_file`, for files that a benchmark can do without: None when there is none."""
+    return next((path for path in _places(data_dir, name, candidates) if path.is_file()), None)
+
+
+def _places(data_dir: Path, name: str, candidates: Iterable[str]) -> list[Path]:
+    return [data_dir / folder / file for file in candidates for folder in ("", name)]
 
 
 def check_data_dir(data_dir: Path) -> None:

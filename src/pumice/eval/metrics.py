@@ -45,16 +45,13 @@ def bootstrap(
     """
     if not rows:
         return {}
-    keys, table = _tallies(benchmark, rows)
-    groups: dict[str, int] = {}
-    member = np.array([groups.setdefault(row.item.group, len(groups)) for row in rows])
-    sums = np.zeros((len(groups), len(keys)))
-    np.add.at(sums, member, table)
+    keys, sums = _tallies(benchmark, rows)
+    groups = len(sums)
     rng = np.random.default_rng(seed)
     blocks = []
     for start in range(0, draws, _BLOCK):
         size = min(_BLOCK, draws - start)
-        times = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=size)
+        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=size)
         blocks.append(times @ sums)
     drawn = benchmark.metrics(Sums(keys, np.concatenate(blocks)))
     intervals = {}
@@ -69,6 +66,8 @@ def bootstrap(
 
 def base_rate(benchmark: Benchmark, items: Sequence[Item]) -> Metrics:
     """What a model reaches that never looks: the most frequent answer, scored the same way."""
+    if not benchmark.judged:
+        return {}
     answers = benchmark.base_answers(items)
     return evaluate(benchmark, [score_item(benchmark, item, answers[item.id]) for item in items])
 
@@ -76,7 +75,7 @@ def base_rate(benchmark: Benchmark, items: Sequence[Item]) -> Metrics:
 def score_item(
     benchmark: Benchmark, item: Item, text: str, extra: Mapping[str, object] | None = None
 ) -> Row:
-    """A raw answer, parsed and scored."""
+    """A raw answer, parsed and, where the truth is known, scored."""
     parsed = benchmark.parse(text, item)
     return Row(
         item,
@@ -85,19 +84,23 @@ def score_item(
             prompt_hash="",
             text=text,
             parsed=parsed,
-            score=benchmark.score(parsed, item),
+            score=benchmark.score(parsed, item) if benchmark.judged else None,
             extra=dict(extra or {}),
         ),
     )
 
 
 def _tallies(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[list[str], Floats]:
+    """The names of the sums, and float[groups, names]: what each group of rows adds to them."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.item.group].append(row)
+    addends = [benchmark.tally_group(group) for group in groups.values()]
     columns: dict[str, int] = {}
-    addends = [benchmark.tally(row) for row in rows]
     for addend in addends:
         for key in addend:
             columns.setdefault(key, len(columns))
-    table = np.zeros((len(rows), len(columns)))
+    table = np.zeros((len(addends), len(columns)))
     for index, addend in enumerate(addends):
         for key, value in addend.items():
             table[index, columns[key]] = value

@@ -51,6 +51,7 @@ def run_benchmark(
     """
     check_data_dir(data_dir)
     items = take_evenly(benchmark.load(data_dir), limit)
+    benchmark.prepare(items)
     title = benchmark.name
     if control is not None:
         title += f", {CONTROLS[control].title}"

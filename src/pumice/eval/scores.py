@@ -70,6 +70,12 @@ def make_scores(
     reasons += _reasons(benchmark, errors, missing, withheld=not allow_errors)
     lacking = missing and not benchmark.missing_is_wrong
     withheld = not answered or (not allow_errors and bool(errors or lacking or flawed))
+    if not benchmark.judged:
+        withheld = True
+        reasons.append(
+            "the truths of this split are with the evaluation server, so nothing is scored here; "
+            "write the file it takes with `pumice submit`"
+        )
     return Scores(
         benchmark=benchmark.name,
         metrics=None if withheld else evaluate(benchmark, scored),
@@ -112,6 +118,7 @@ def row_protocol(benchmark: Benchmark, *, control: str | None) -> dict[str, Any]
     return {
         "benchmark": benchmark.name,
         **benchmark.protocol(),
+        **({"options": benchmark.chosen} if benchmark.chosen else {}),
         "max_new_tokens": benchmark.max_new_tokens,
         "temperature": 0.0,
         "control": control,

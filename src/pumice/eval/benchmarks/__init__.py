@@ -3,17 +3,30 @@
 from pumice.core.registry import Registry
 from pumice.eval.benchmark import Benchmark
 from pumice.eval.benchmarks.detail import Detail
+from pumice.eval.benchmarks.gqa import GQA
+from pumice.eval.benchmarks.mmbench import MMBench, MMBenchCN
+from pumice.eval.benchmarks.mme import MME
 from pumice.eval.benchmarks.pope import Pope
 from pumice.eval.benchmarks.refcoco import RefCoco
 from pumice.eval.benchmarks.scienceqa import ScienceQA
+from pumice.eval.benchmarks.seed_bench import SeedBench
+from pumice.eval.benchmarks.textvqa import TextVQA
+from pumice.eval.benchmarks.vizwiz import VizWiz
 from pumice.eval.benchmarks.vqav2 import VQAv2
 
 BENCHMARKS: Registry[Benchmark] = Registry(
     "benchmark",
     {
         "vqav2": VQAv2(),
-        "pope": Pope(),
+        "gqa": GQA(),
+        "vizwiz": VizWiz(),
         "scienceqa": ScienceQA(),
+        "textvqa": TextVQA(),
+        "pope": Pope(),
+        "mme": MME(),
+        "mmbench": MMBench(),
+        "mmbench_cn": MMBenchCN(),
+        "seed_bench": SeedBench(),
         "refcoco": RefCoco(),
         "detail": Detail(),
     },

@@ -1,6 +1,7 @@
 """POPE: does the model say that things are in the image which are not? Yes/no, three samplings.
 
-Official files: coco_pope_{adversarial,popular,random}.json (JSONL).
+Official files: coco_pope_{adversarial,popular,random}.json (JSONL), in two versions: with
+2,910 random labels (commit e3e3926, from which LLaVA made its questions) and with 3,000 (later).
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from pumice.eval.benchmark import (
     mean_of,
     percent,
 )
-from pumice.eval.locate import ImageFinder, require
+from pumice.eval.locate import ImageFinder, find_file_if_any, require
 from pumice.processing.response_formats import SHORT, with_format
 
 # Where each category's question ids start in LLaVA's one question file for all three.
 LLAVA_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+_FOLDERS = ("", "coco/", "output/coco/")
 _SHIFTED = ("popular", "random")  # From the largest offset down.
 _NO = frozenset({"No", "not", "no"})
 
@@ -40,17 +42,26 @@ class Pope(Benchmark):
     name = "pope"
     title = "POPE"
     headline = "mean_f1"
+    # How many labels the random file must have; "found" takes the file as it is.
+    choices = {"labels": ("found", "2910", "3000")}
 
     def load(self, data_dir: Path) -> list[Item]:
         """Items of every label file present, at least one; ids are "category/question_id"."""
         find_image = ImageFinder(data_dir, self.name)
         items = []
         for category in LLAVA_OFFSETS:
-            file = f"coco_pope_{category}.json"
-            for path in (data_dir / file, data_dir / self.name / file):
-                if path.is_file():
-                    items += _read_labels(path, category, find_image)
-                    break
+            names = [f"{folder}coco_pope_{category}.json" for folder in _FOLDERS]
+            path = find_file_if_any(data_dir, self.name, names)
+            if path is None:
+                continue
+            labels = _read_labels(path, category, find_image)
+            wanted = self.chosen["labels"]
+            if category == "random" and wanted not in ("found", str(len(labels))):
+                raise DataError(
+                    f"pope: {path} has {len(labels)} labels, asked for was the version with "
+                    f"{wanted}. Take that version, or leave the option labels out."
+                )
+            items += labels
         if not items:
             raise DataError(
                 f"pope: no label file coco_pope_(adversarial|popular|random).json in {data_dir} or "

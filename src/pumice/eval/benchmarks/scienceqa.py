@@ -1,6 +1,7 @@
 """ScienceQA (test): multiple choice answered with a letter, with and without an image.
 
-Official files: problems.json, pid_splits.json; images <split>/<id>/image.png.
+Official files: problems.json, pid_splits.json; images <split>/<id>/image.png. Without them
+LLaVA's llava_test_CQM-A.json will do, which holds the test split as it was asked.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from pumice.eval.benchmark import (
     Sums,
     percent,
 )
-from pumice.eval.locate import ImageFinder, find_file, require
-from pumice.processing.response_formats import LETTER, letter_prompt
+from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require
+from pumice.processing.response_formats import LETTER, letter_prompt, with_format
 
 LETTERS = "ABCDE"
 SPLIT = "test"
+LLAVA_QUESTIONS = "llava_test_CQM-A.json"
 # The final dot is any character, as in the official code: "The answer is C" at the very end of an
 # answer is not found, "The answer is C," is.
+_OPTION = re.compile(r"^([A-E])\. ", re.MULTILINE)
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
@@ -44,10 +47,13 @@ class ScienceQA(Benchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         """The items of the test split; `truth` is the right letter."""
-        problems_file = find_file(data_dir, self.name, ["problems.json"])
+        find_image = ImageFinder(data_dir, self.name)
+        problems_file = find_file_if_any(data_dir, self.name, ["problems.json"])
+        if problems_file is None:
+            file = find_file(data_dir, self.name, [LLAVA_QUESTIONS, "problems.json"])
+            return [_asked_item(row, file, find_image) for row in read_json(file)]
         problems = read_json(problems_file)
         splits_file = find_file(data_dir, self.name, ["pid_splits.json"])
-        find_image = ImageFinder(data_dir, self.name)
         items = []
         splits = read_json(splits_file)
         require(splits, (SPLIT,), str(splits_file))
@@ -134,4 +140,21 @@ def _item(name: str, problem: dict[str, Any], file: Path, find_image: ImageFinde
         group=name,
         category=problem.get("subject", ""),
         extra={"letters": LETTERS[: len(choices)], "choices": choices},
+    )
+
+
+def _asked_item(row: dict[str, Any], file: Path, find_image: ImageFinder) -> Item:
+    require(row, ("id", "conversations"), f"{file}, question {row.get('id')}")
+    asked, answer = (turn["value"] for turn in row["conversations"])
+    text = asked.replace("<image>", "").strip()
+    # The options stand at the end; a line of the question that looks like one comes before "A.".
+    letters = "".join(_OPTION.findall(text[text.rindex("\nA. ") :]))
+    image = row.get("image")
+    return Item(
+        id=row["id"],
+        image=find_image(f"{SPLIT}/{image}", image) if image else None,
+        prompt=with_format(text, "letter"),
+        truth=answer,
+        group=row["id"],
+        extra={"letters": letters},
     )

@@ -1,6 +1,8 @@
 """VQAv2: short open answers, scored with the official VQA accuracy against ten annotators.
 
-Official files: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json.
+Official files: v2_OpenEnded_mscoco_{val2014,test-dev2015,test2015}_questions.json and
+v2_mscoco_val2014_annotations.json; for the test splits also LLaVA's
+llava_vqav2_mscoco_{test-dev2015,test2015}.jsonl.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from typing import Any
 
 from pumice.core.errors import DataError
 from pumice.core.files import read_json
-from pumice.eval.answers import prepare, vqa_accuracy
+from pumice.eval.answers import normalise_m4c, prepare, vqa_accuracy
 from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, mean_of, percent, ratio
 from pumice.eval.locate import ImageFinder, find_file, require
+from pumice.eval.question_files import read_questions
 from pumice.processing.response_formats import SHORT, with_format
 
-QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+QUESTIONS = "v2_OpenEnded_mscoco_{split}_questions.json"
+LLAVA_QUESTIONS = "llava_vqav2_mscoco_{split}.jsonl"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
@@ -28,38 +32,61 @@ class VQAv2(Benchmark):
     headline = "accuracy"
     decimals = 2
     missing_is_wrong = True
+    choices = {
+        "scorer": ("2021", "before-2021", "always"),
+        # "uploaded": first through M4C's processor, as LLaVA does before it uploads.
+        "answers": ("as-given", "uploaded"),
+        "split": ("val2014", "test-dev2015", "test2015"),
+    }
+
+    @property
+    def judged(self) -> bool:
+        """Only val2014 has public answers."""
+        return self.chosen["split"] == "val2014"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """One item per question; `truth` is the list of the annotators' answers."""
-        questions_file = find_file(data_dir, self.name, [QUESTIONS])
-        annotations_file = find_file(data_dir, self.name, [ANNOTATIONS])
-        questions, answers = read_json(questions_file), read_json(annotations_file)
-        require(questions, ("questions",), str(questions_file))
-        require(answers, ("annotations",), str(annotations_file))
-        annotations = {row["question_id"]: row for row in answers["annotations"]}
-        subtype = questions.get("data_subtype", "val2014")
+        """One item per question; `truth` is the list of the annotators' answers (test: None)."""
+        split = self.chosen["split"]
+        names = [QUESTIONS.format(split=split), LLAVA_QUESTIONS.format(split=split)]
+        questions_file = find_file(data_dir, self.name, names if not self.judged else names[:1])
         find_image = ImageFinder(data_dir, self.name)
+        if questions_file.suffix == ".jsonl":
+            return read_questions(questions_file, find_image)
+        questions = read_json(questions_file)
+        require(questions, ("questions",), str(questions_file))
+        annotations = self._annotations(data_dir)
+        subtype = questions.get("data_subtype", split)
         items = []
         for index, question in enumerate(questions["questions"]):
             where = f"{questions_file}, question {index}"
             require(question, ("question_id", "image_id", "question"), where)
-            annotation = annotations.get(question["question_id"])
-            if annotation is None or not annotation.get("answers"):
+            annotation = annotations.get(question["question_id"], {})
+            if self.judged and not annotation.get("answers"):
                 raise DataError(
                     f"vqav2: question {question['question_id']} of {questions_file} has no answers "
-                    f"in {annotations_file}; each question needs its annotators' answers. Take "
+                    f"in {ANNOTATIONS}; each question needs its annotators' answers. Take "
                     f"both files from the same release and split."
                 )
             items.append(_item(question, annotation, subtype, find_image))
         return items
 
+    def _annotations(self, data_dir: Path) -> dict[int, dict[str, Any]]:
+        if not self.judged:
+            return {}
+        file = find_file(data_dir, self.name, [ANNOTATIONS])
+        answers = read_json(file)
+        require(answers, ("annotations",), str(file))
+        return {row["question_id"]: row for row in answers["annotations"]}
+
     def parse(self, text: str, item: Item) -> str | None:
-        """The answer as the official scorer compares it; None when nothing was said."""
-        return prepare(text, item.truth) or None
+        """The answer as the scorer compares it; None when nothing was said."""
+        if self.chosen["answers"] == "uploaded":
+            text = normalise_m4c(text)
+        return prepare(text, item.truth or (), self.chosen["scorer"]) or None
 
     def score(self, parsed: str | None, item: Item) -> float:
         """The official VQA accuracy in 0..1."""
-        return vqa_accuracy(parsed or "", item.truth)
+        return vqa_accuracy(parsed or "", item.truth, self.chosen["scorer"])
 
     def tally(self, row: Row) -> dict[str, float]:
         """Score, count and answer length, the first two also for the question type."""
@@ -90,7 +117,7 @@ class VQAv2(Benchmark):
         return str(item.extra["most_frequent"])
 
     def protocol(self) -> dict[str, Any]:
-        """Prompt, parser and metric; the split is val2014."""
+        """Prompt, parser and metric."""
         return {
             "prompt": f"{{question}}\n{SHORT}",
             "parser": "official VQA scorer of 2021-03-11 (normalises unless unanimous)",
@@ -101,18 +128,18 @@ class VQAv2(Benchmark):
 def _item(
     question: dict[str, Any], annotation: dict[str, Any], subtype: str, find_image: ImageFinder
 ) -> Item:
-    file = f"COCO_{subtype}_{question['image_id']:012d}.jpg"
-    truths = [answer["answer"] for answer in annotation["answers"]]
+    # The questions of test-dev are asked of the images of test.
+    folder = subtype.replace("test-dev", "test")
+    truths = [answer["answer"] for answer in annotation.get("answers", ())]
+    named = annotation.get("multiple_choice_answer")
+    usual = named or (Counter(truths).most_common(1)[0][0] if truths else "")
+    name = f"COCO_{folder}_{question['image_id']:012d}.jpg"
     return Item(
         id=str(question["question_id"]),
-        image=find_image(file),
+        image=find_image(name, f"{folder}/{name}"),
         prompt=with_format(question["question"], "short"),
-        truth=truths,
+        truth=truths or None,
         group=str(question["image_id"]),
         category=annotation.get("question_type", ""),
-        extra={
-            "answer_type": annotation.get("answer_type", ""),
-            "most_frequent": annotation.get("multiple_choice_answer")
-            or Counter(truths).most_common(1)[0][0],
-        },
+        extra={"answer_type": annotation.get("answer_type", ""), "most_frequent": usual},
     )

@@ -1,0 +1,179 @@
+"""MMBench and MMBench-CN (dev): multiple choice, asked with turned options, right only every time.
+
+Official files: mmbench_dev_20230712.tsv, mmbench_dev_cn_20231003.tsv, or a later release; pictures
+are in the file. A row is a question with its options in one order; rows whose index is equal modulo
+a million are one question. Groups are taken as they stand: some leave an option in place.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pumice.core.errors import DataError
+from pumice.core.files import cache_dir, write_atomic
+from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, percent
+from pumice.eval.locate import find_file, require
+from pumice.eval.option_letters import LETTER_RULES
+from pumice.eval.tables import NOT_AVAILABLE, Cells, read_table
+from pumice.processing.response_formats import FORMATS, with_format
+
+TURN = 1_000_000
+_LETTERS = "ABCD"
+# A shorter picture is the index of the row that holds it, as later releases write it.
+_SHORTEST_PICTURE = 64
+_FOLDERS = ("", "mmbench/")
+
+
+class MMBench(Benchmark):
+    """CircularEval: a question is right when every order of its options is answered right."""
+
+    name = "mmbench"
+    title = "MMBench"
+    headline = "circular_accuracy"
+    max_new_tokens = 1024
+    sentence = "letter"
+    files: ClassVar[Mapping[str, str]] = {
+        "20230712": "mmbench_dev_20230712.tsv",
+        "20231003": "mmbench_dev_en_20231003.tsv",
+        "dev_en": "MMBench_DEV_EN.tsv",
+        "dev_en_v11": "MMBench_DEV_EN_V11.tsv",
+    }
+    # "found": the first of the files above that is there.
+    choices = {"letters": ("2023", "now"), "release": ("found", *files)}
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """One item per row, in the file's order; `truth` is the right letter."""
+        release = self.chosen["release"]
+        names = [*self.files.values()] if release == "found" else [self.files[release]]
+        file = find_file(
+            data_dir, self.name, [f"{place}{name}" for name in names for place in _FOLDERS]
+        )
+        rows = list(read_table(file, NOT_AVAILABLE))
+        pictures = {str(row.get("index")): row.get("image") or "" for row in rows}
+        return [
+            self._item(row, pictures, f"{file}, row {number}")
+            for number, row in enumerate(rows, start=2)
+        ]
+
+    def _item(self, row: Cells, pictures: dict[str, str], where: str) -> Item:
+        require(row, ("index", "question", *_LETTERS, "answer"), where)
+        index, truth = row["index"], row["answer"]
+        options = {letter: text for letter in _LETTERS if (text := row[letter]) is not None}
+        if index is None or not index.isdigit() or truth not in tuple(_LETTERS):
+            raise DataError(
+                f"{where}: a whole number as index and a letter of {_LETTERS} as answer are "
+                f"needed; found {index!r} and {truth!r}. Take the official dev file."
+            )
+        picture = row.get("image") or ""
+        if len(picture) < _SHORTEST_PICTURE:
+            picture = pictures.get(picture, "")
+        return Item(
+            id=index,
+            image=_picture_file(picture) if picture else None,
+            prompt=with_format(_question(row), self.sentence),
+            truth=truth,
+            group=str(int(index) % TURN),
+            category=row.get("l2-category") or "",
+            extra={"options": options, "picture": picture, "category": row.get("category") or ""},
+        )
+
+    def prepare(self, items: Sequence[Item]) -> None:
+        """Writes the pictures of these items into the cache."""
+        for item in items:
+            if item.image is None:
+                raise DataError(
+                    f"{self.name}: question {item.id} has no picture in its file, so it cannot be "
+                    f"asked. Take the official .tsv, which holds the pictures."
+                )
+            if not item.image.is_file():
+                write_atomic(item.image, _decoded(item), sync=False)
+
+    def parse(self, text: str, item: Item) -> str | None:
+        """The letter that the chosen version of the rule reads; None where it would ask a model."""
+        return LETTER_RULES[self.chosen["letters"]](text, item.extra["options"])
+
+    def score(self, parsed: str | None, item: Item) -> float:
+        """1 for the right letter; an answer without one is wrong, nothing is guessed."""
+        return float(parsed == item.truth)
+
+    def tally(self, row: Row) -> dict[str, float]:
+        """Score and count, also of the rows in the file's own order of options."""
+        score = row.prediction.score or 0.0
+        sums = {"n": 1.0, "right": score}
+        if int(row.item.id) < TURN:
+            sums |= {"n/first": 1.0, "right/first": score}
+        return sums
+
+    def tally_group(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The rows' tallies, and whether all rows of the question are right."""
+        sums = super().tally_group(rows)
+        # As officially, only questions whose first order is in the file are counted.
+        if "n/first" in sums:
+            sums |= {"questions": 1.0, "circular": float(sums["right"] == sums["n"])}
+        return sums
+
+    def metrics(self, sums: Sums) -> dict[str, Floats]:
+        """Accuracy over questions asked in circle, over first orders, over rows; float[...]."""
+        return {
+            "circular_accuracy": percent(sums["circular"], sums["questions"]),
+            "first_order_accuracy": percent(sums["right/first"], sums["n/first"]),
+            "row_accuracy": percent(sums["right"], sums["n"]),
+        }
+
+    def slices(self, item: Item) -> tuple[str, ...]:
+        """The coarse category, and the fine one as "category=..."."""
+        fine = item.extra["category"]
+        return (*super().slices(item), *([f"category={fine}"] if fine else []))
+
+    def protocol(self) -> dict[str, Any]:
+        """Prompt, parser and metric as LLaVA-1.5 uses them."""
+        return {
+            "prompt": f"[{{hint}}\n]{{question}}\nA. {{option}}\nB. ...\n{FORMATS[self.sentence]}",
+            "parser": "MMBench letter extraction; what it leaves to a language model is wrong",
+            "metric": "CircularEval: all rows of a question right, percent",
+        }
+
+
+class MMBenchCN(MMBench):
+    """The same questions in Chinese, with LLaVA-1.5's sentence in Chinese."""
+
+    name = "mmbench_cn"
+    title = "MMBench-CN"
+    sentence = "letter_chinese"
+    files = {
+        "20231003": "mmbench_dev_cn_20231003.tsv",
+        "dev_cn": "MMBench_DEV_CN.tsv",
+        "dev_cn_v11": "MMBench_DEV_CN_V11.tsv",
+    }
+    choices = {"letters": ("2023", "now"), "release": ("found", *files)}
+
+
+def _question(row: Cells) -> str:
+    hint, question = row.get("hint"), row["question"] or ""
+    lines = [question] if hint is None or hint.lower() in ("nan", "none") else [hint, question]
+    for letter in _LETTERS:
+        option = row[letter]
+        # The options end at the first that is not there, even if a later one is.
+        if option is None or option.lower() in ("nan", "none"):
+            break
+        lines.append(f"{letter}. {option}")
+    return "\n".join(lines)
+
+
+def _picture_file(picture: str) -> Path:
+    return cache_dir() / "mmbench" / f"{hashlib.sha256(picture.encode()).hexdigest()[:24]}.jpg"
+
+
+def _decoded(item: Item) -> bytes:
+    try:
+        return base64.b64decode(item.extra["picture"], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(
+            f"mmbench: the picture of question {item.id} is not base64 ({error}). Take the "
+            f"official .tsv file again."
+        ) from error

@@ -1,0 +1,142 @@
+"""SEED-Bench: multiple choice about images and, by the frame in their middle, about videos.
+
+Official files: SEED-Bench.json; SEED-Bench-image/<data_id>; the videos of the three data sets, or
+LLaVA's frames SEED-Bench-video-image/<type>_<question_id>.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pumice.core.errors import DataError
+from pumice.core.files import cache_dir, read_json
+from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, percent
+from pumice.eval.locate import ImageFinder, find_file, require
+from pumice.eval.video_frames import Span, save_middle_frame
+from pumice.processing.response_formats import LETTER, with_format
+
+FILE = "SEED-Bench.json"
+FRAMES = "SEED-Bench-video-image"
+# Where the videos of a question type lie, and what its "segment" counts.
+VIDEOS: dict[int, tuple[str, Span]] = {
+    10: ("20bn-something-something-v2", "whole"),
+    11: ("EPIC-KITCHENS", "seconds"),
+    12: ("BreakfastII_15fps_qvga_sync", "frames"),
+}
+_LETTERS = "ABCD"
+_NEEDED = ("answer", "data_id", "data_type", "question", "question_id", "question_type_id")
+
+
+class SeedBench(Benchmark):
+    """Accuracy over all questions, over those about images and over those about videos."""
+
+    name = "seed_bench"
+    title = "SEED-Bench"
+    headline = "accuracy"
+    missing_is_wrong = True
+    choices = {"part": ("all", "image", "video")}
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """One item per question of the part; `truth` is the right letter."""
+        folders = ("", "seed_bench/", "SEED-Bench/")
+        file = find_file(data_dir, self.name, [f"{place}{FILE}" for place in folders])
+        content = read_json(file)
+        require(content, ("questions", "question_type"), str(file))
+        names = {number: name for name, number in content["question_type"].items()}
+        find_image = ImageFinder(data_dir, self.name)
+        items = []
+        for index, row in enumerate(content["questions"]):
+            where = f"{file}, question {index}"
+            require(row, (*_NEEDED, *(f"choice_{letter}" for letter in "abcd")), where)
+            if row["data_type"] not in ("image", "video") or row["answer"] not in _LETTERS:
+                raise DataError(
+                    f"{where}: data_type {row['data_type']!r} and answer {row['answer']!r}; image "
+                    f"or video, and A to D, are allowed. Take the official file."
+                )
+            if self.chosen["part"] in ("all", row["data_type"]):
+                items.append(_item(row, names, find_image, data_dir))
+        return items
+
+    def prepare(self, items: Sequence[Item]) -> None:
+        """Takes the frames in the middle of the videos, for those that are not there yet."""
+        for item in items:
+            if item.extra["video"] and item.image and not item.image.is_file():
+                video, span, segment = item.extra["video"]
+                save_middle_frame(video, span, segment, item.image)
+
+    def parse(self, text: str, item: Item) -> str | None:
+        """The answer when it is one of the four letters and nothing else."""
+        return text if text in tuple(_LETTERS) else None
+
+    def score(self, parsed: str | None, item: Item) -> float:
+        """1 for the right letter."""
+        return float(parsed == item.truth)
+
+    def tally(self, row: Row) -> dict[str, float]:
+        """Score and count, also of images or videos."""
+        score, kind = row.prediction.score or 0.0, row.item.extra["kind"]
+        return {"n": 1.0, "right": score, f"n/{kind}": 1.0, f"right/{kind}": score}
+
+    def metrics(self, sums: Sums) -> dict[str, Floats]:
+        """Three accuracies, each float[...]; one of an absent part is nan."""
+        return {
+            **self.category_metrics(sums),
+            "image_accuracy": percent(sums["right/image"], sums["n/image"]),
+            "video_accuracy": percent(sums["right/video"], sums["n/video"]),
+        }
+
+    def category_metrics(self, sums: Sums) -> dict[str, Floats]:
+        """The accuracy, float[...]."""
+        return {"accuracy": percent(sums["right"], sums["n"])}
+
+    def protocol(self) -> dict[str, Any]:
+        """Prompt, parser and metric as LLaVA-1.5 uses them."""
+        return {
+            "prompt": f"{{question}}\nA. {{choice}}\nB. ...\n{LETTER}",
+            "parser": "llava convert_seed_for_submission: the very letter, nothing around it",
+            "metric": "accuracy, percent; a video is shown by its middle frame",
+        }
+
+
+def _item(
+    row: dict[str, Any], names: dict[int, str], find_image: ImageFinder, data_dir: Path
+) -> Item:
+    kind, name, data_id = row["question_type_id"], str(row["question_id"]), str(row["data_id"])
+    lines = [row["question"]]
+    lines += [f"{letter}. {row[f'choice_{letter.lower()}']}" for letter in _LETTERS]
+    video = None
+    if row["data_type"] == "image":
+        image = find_image(f"SEED-Bench-image/{data_id}", data_id)
+    else:
+        image = find_image(f"{FRAMES}/{kind}_{name}.png")
+        if not image.is_file():
+            video = _video(row, data_dir)
+            image = cache_dir() / "seed_bench" / f"{kind}_{name}.png"
+    return Item(
+        id=name,
+        image=image,
+        prompt=with_format("\n".join(lines), "letter"),
+        truth=row["answer"],
+        group=data_id,
+        category=names.get(kind, str(kind)),
+        extra={"kind": row["data_type"], "video": video},
+    )
+
+
+def _video(row: dict[str, Any], data_dir: Path) -> tuple[Path, Span, Sequence[float]]:
+    kind = row["question_type_id"]
+    if kind not in VIDEOS:
+        raise DataError(
+            f"seed_bench: question {row['question_id']} is about a video of type {kind}; types "
+            f"{', '.join(map(str, VIDEOS))} are known. Take the official file."
+        )
+    folder, span = VIDEOS[kind]
+    # The questions name videos of EPIC-KITCHENS with folders that its archive does not have.
+    name = Path(row["data_id"]).name if span == "seconds" else row["data_id"]
+    places = [
+        data_dir / top / folder / name for top in ("", "videos", "seed_bench", "seed_bench/videos")
+    ]
+    found = next((path for path in places if path.is_file()), places[0])
+    return found, span, row.get("segment", ())

@@ -1,0 +1,30 @@
+"""LLaVA's question files: the prompts as they were asked, for splits whose truths are not public.
+
+A row is {"question_id", "image", "text", "category"}.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pumice.core.files import read_jsonl
+from pumice.eval.benchmark import Item
+from pumice.eval.locate import ImageFinder, require
+
+
+def read_questions(path: Path, find_image: ImageFinder) -> list[Item]:
+    """One item per row, without a truth; the prompt is the row's text, byte for byte."""
+    items = []
+    for number, row in read_jsonl(path):
+        require(row, ("question_id", "image", "text"), f"{path}, line {number}")
+        items.append(
+            Item(
+                id=str(row["question_id"]),
+                image=find_image(row["image"]),
+                prompt=row["text"],
+                truth=None,
+                group=row["image"],
+                extra={"image": row["image"]},
+            )
+        )
+    return items

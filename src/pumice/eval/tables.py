@@ -1,0 +1,84 @@
+"""Tables as MMBench publishes and takes them: tab-separated files and Excel sheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from pumice.core.errors import DataError, PumiceError
+from pumice.core.files import write_atomic
+
+Cells = dict[str, str | None]
+
+# What pandas reads as "not available". The published prompts were built from a pandas table, so an
+# option whose text is "None" is no option there.
+NOT_AVAILABLE = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+     "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+)  # fmt: skip
+
+
+def read_table(path: Path, empty: Collection[str] = frozenset({""})) -> Iterator[Cells]:
+    """The rows of a .tsv or .csv file by column name; a cell with one of the `empty` is None."""
+    # Cells hold whole pictures in base64.
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "," if path.suffix == ".csv" else "\t"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        names = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: this row has {len(cells)} cells, the table "
+                    f"has {len(names)} columns. Take the official file, or correct the row."
+                )
+            yield {
+                name: None if cell in empty else cell
+                for name, cell in zip(names, cells, strict=True)
+            }
+
+
+def read_sheet(path: Path) -> Iterator[Cells]:
+    """The rows of the first sheet of an Excel file by column name; an empty cell is None."""
+    sheet = _openpyxl().load_workbook(path, read_only=True).worksheets[0]
+    rows = sheet.iter_rows(values_only=True)
+    names = [str(name) for name in next(rows, ())]
+    for cells in rows:
+        # A row ends at its last cell that is not empty.
+        yield {name: _text(cell) for name, cell in zip_longest(names, cells[: len(names)])}
+
+
+def write_sheet(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """An Excel file with one sheet: the names of the columns, then the rows."""
+    book = _openpyxl().Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    sheet.append(list(names))
+    for row in rows:
+        sheet.append(list(row))
+    buffer = io.BytesIO()
+    book.save(buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _text(cell: object) -> str | None:
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    return None if cell is None or cell == "" else str(cell)
+
+
+def _openpyxl() -> Any:
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise PumiceError(
+            "Excel files need the library openpyxl, which is not installed. Install it with "
+            "`pip install 'pumice[benchmarks]'`, or give a .tsv file."
+        ) from error
+    return openpyxl

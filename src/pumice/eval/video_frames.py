@@ -1,0 +1,75 @@
+"""The frame in the middle of a video, as LLaVA-1.5 shows videos to a model that reads images.
+
+Decoding is PyAV's (the optional extra `benchmarks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pumice.core.errors import DataError, PumiceError
+
+Span = Literal["whole", "seconds", "frames"]
+"""What a segment counts: nothing (the whole video), seconds, or frames."""
+
+
+def middle_index(frames: int, fps: float, span: Span, segment: Sequence[float] = ()) -> int:
+    """Which frame LLaVA takes from a video of so many frames, counted from 0.
+
+    Its middle is that of SEED-Bench's sampler with one piece: half of (length - 1), cut. A whole
+    video counts as one frame shorter than it is; a segment in seconds is cut to the last frame.
+    """
+    if span == "whole":
+        start, length = 0, frames - 1
+    elif span == "seconds":
+        start, end = (int(min(max(time * fps, 0), frames - 1)) for time in segment)
+        length = end - start
+    else:
+        start, end = int(segment[0]), int(min(segment[1], frames))
+        length = end - start
+    return start + max(0, (length - 1) // 2)
+
+
+def save_middle_frame(video: Path, span: Span, segment: Sequence[float], out: Path) -> None:
+    """Writes that frame as an image file."""
+    if span != "whole" and len(segment) != 2:
+        raise DataError(
+            f"{video}: the question's segment is {list(segment)}; a start and an end are needed. "
+            f"Take the official SEED-Bench.json."
+        )
+    if not video.is_file():
+        raise DataError(
+            f"{video}: this video is not there. Put SEED-Bench's videos there, or LLaVA's frames "
+            f"into SEED-Bench-video-image, or leave videos out: --option seed_bench.part=image"
+        )
+    av = _pyav()
+    try:
+        with av.open(str(video)) as container:
+            stream = container.streams.video[0]
+            # Counted, not taken from the header: some containers do not say, others say wrong.
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+            fps = float(stream.average_rate or 0)
+        wanted = middle_index(frames, fps, span, segment)
+        with av.open(str(video)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number == wanted:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    frame.to_image().save(out)
+                    return
+    except (av.FFmpegError, IndexError) as error:
+        raise DataError(f"{video}: this video cannot be read ({error}). Get it again.") from error
+    raise DataError(f"{video}: it has no frame {wanted}, only {frames}. Get it again.")
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise PumiceError(
+            "reading videos needs the library PyAV, which is not installed. Install it with "
+            "`pip install 'pumice[benchmarks]'`, or leave videos out: "
+            "--option seed_bench.part=image"
+        ) from error
+    return av
