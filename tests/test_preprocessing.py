@@ -45,9 +45,10 @@ def test_the_table_of_statistics_is_clips() -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("size", [56, 224, 336])
+@pytest.mark.parametrize("size", [27, 56, 224, 336])
 @pytest.mark.parametrize(
-    "shape", [(640, 480), (481, 640), (333, 333), (500, 101), (37, 50), (57, 56), (3, 40), (1, 1)]
+    "shape",
+    [(640, 480), (481, 640), (333, 333), (500, 101), (37, 50), (57, 56), (56, 57), (3, 40), (1, 1)],
 )
 def test_equal_to_the_reference_bit_for_bit(
     references: Any, mode: Any, size: int, shape: tuple[int, int]

@@ -106,14 +106,32 @@ def preprocess(image: PIL.Image.Image, spec: ImageSpec) -> torch.Tensor:
             f"pumice.core.images.open_image, which converts every kind rightly."
         )
     fit = {"pad": _pad, "crop": _crop, "resize": _resize}[spec.mode]
-    pixels = np.asarray(fit(image, spec))
-    # A table of the 256 values a channel can have: exact, and quicker than arithmetic on pixels.
-    table = _channel_table(spec.mean, spec.std)
-    return torch.from_numpy(np.stack([table[c][pixels[:, :, c]] for c in range(3)]))
+    picture = fit(image, spec)
+    bands = [np.frombuffer(band.tobytes(), dtype=np.uint8) for band in picture.split()]
+    values = np.empty((3, spec.size, spec.size), dtype=np.float32)
+    # A table of the 256 values a channel can have is exact. One of all pairs of values, looked up
+    # two pixels at a time, is twice as quick.
+    pairs = spec.size % 2 == 0
+    tables: np.ndarray[Any, Any] = (_pair_table if pairs else _channel_table)(spec.mean, spec.std)
+    flat = values.view(tables.dtype).reshape(3, -1)
+    for band, table, out in zip(bands, tables, flat, strict=True):
+        np.take(table, band.view(np.uint16 if pairs else np.uint8), out=out, mode="clip")
+    return torch.from_numpy(values)
+
+
+@lru_cache(maxsize=16)
+def _pair_table(mean: Triple, std: Triple) -> np.ndarray[Any, np.dtype[np.complex64]]:
+    """complex64[3, 65536]: two values side by side for two neighbouring bytes read as one."""
+    table = _channel_table(mean, std)
+    first, second = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2).T
+    both = np.stack([table[:, first], table[:, second]], axis=-1)
+    found: np.ndarray[Any, np.dtype[np.complex64]] = both.view(np.complex64)[..., 0]
+    return found
 
 
 @lru_cache(maxsize=16)
 def _channel_table(mean: Triple, std: Triple) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32[3, 256]: what every value of a channel becomes."""
     # Divided in float64, normalised in float32: Hugging Face's order, which the last bit shows.
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     centre = np.array(mean, dtype=np.float32)[:, None]
@@ -140,8 +158,10 @@ def _pad(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
     rows = max(1, LARGEST // side)
     for start in range(0, image.height, rows):
         stop = min(start + rows, image.height)
-        strip = PIL.Image.new("RGB", (side, stop - start), spec.canvas_color)
-        strip.paste(image.crop((0, start, image.width, stop)), (left, 0))
+        strip = image if rows >= image.height else image.crop((0, start, image.width, stop))
+        if image.width < side:
+            inside, strip = strip, PIL.Image.new("RGB", (side, stop - start), spec.canvas_color)
+            strip.paste(inside, (left, 0))
         narrow = strip.resize((spec.size, stop - start), _FILTERS[spec.resample])
         column.paste(narrow, (0, top + start))
     return _resize(column, spec)

@@ -298,11 +298,12 @@ class Processor:
                 "Shorten it, raise max_tokens, or take it out of the data."
             )
         # Only now: what is too long is refused before its images are decoded.
-        views, sizes = self._views(images, where) if pixels else ([], sizes)
+        views, opened = self._views(images if pixels else [], where)
+        sizes = opened or sizes
         return Encoded(
             ids,
             labels,
-            torch.cat(views) if views else torch.empty(0, 3, *[self.image_spec.size] * 2),
+            views,
             len(images),
             image_sizes=sizes,
             grids=[plan.grid if plan else (1, 1) for plan in map(self.plan, sizes)],
@@ -368,14 +369,13 @@ class Processor:
 
     def _views(
         self, images: Sequence[ImagePart], where: str
-    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-        """The views of each image, float[V, 3, S, S], and each image's width and height."""
-        views, sizes = [], []
-        for image, at in _named(images, where):
-            view, size = self.load_image(image, at)
-            views.append(view)
-            sizes.append(size)
-        return views, sizes
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """The views of all images, float[N, 3, S, S], and each image's width and height."""
+        pairs = [self.load_image(image, at) for image, at in _named(images, where)]
+        views = [view for view, _ in pairs]
+        if len(views) != 1:  # One alone need not be copied.
+            views = [torch.cat([torch.empty(0, 3, *[self.image_spec.size] * 2), *views])]
+        return views[0], [size for _, size in pairs]
 
     def _find_tokens(self) -> dict[Token, int]:
         """Ids of the template's special tokens; BOS alone may be missing."""

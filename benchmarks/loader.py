@@ -1,0 +1,289 @@
+"""The loader beside transformers' LlavaProcessor, in threads and processes, and its memory.
+
+    OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 python benchmarks/loader.py --rounds 5 [--photos DIR]
+
+* **images**: CPU milliseconds an image from the file to a padded batch of ids and pixels (decoded,
+  padded to a square, resized to 336, normalised, tokenised), one thread, rounds in turn. The pixels
+  must be equal to 1e-5. `floor` is what nobody can leave out who wants these pixels from Pillow:
+  decoding, and Pillow's own bicubic filter.
+* **workers**: the same work handed to threads and to processes, CPU and wall.
+* **rows**: files of 10 thousand to a million rows: finding their places, opening them again, and
+  the memory of a process that reads batches from them (rows only, without torch).
+
+Writes benchmarks/results/loader.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from measured import where, write
+from transformers import PreTrainedTokenizerFast
+from transformers_llava import build_processor
+
+from pumice.core.images import open_image
+from pumice.core.shipped import resolve_backbone
+from pumice.core.types import Sample, assistant, user
+from pumice.processing.collate import collate
+from pumice.processing.images import ImageSpec
+from pumice.processing.processor import Processor
+
+SIDE, PATCH, BATCH = 336, 14, 16
+QUESTION = "Describe this image in detail."
+ANSWER = "A person on a board rides down a slope while others watch from behind the fence. " * 4
+PARTS = ("images", "workers", "rows")
+ROWS = (10_000, 100_000, 1_000_000)
+FILTER = PIL.Image.Resampling.BICUBIC
+
+
+def main() -> None:
+    """Measure, and write the results file."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--photos", type=Path, help="a directory of JPEG photographs")
+    parser.add_argument("--tokenizer", type=Path, default=None)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    record = where("loader.py")
+    record |= {"clock": "cpu", "rounds": args.rounds, "transformers": transformers.__version__}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tokenizer = args.tokenizer or resolve_backbone("pocket-language")
+        processor = processor_of(tokenizer)
+        sets = {"640x480": made_pictures(root / "made")}
+        if args.photos:
+            sets["photos"] = sorted(args.photos.glob("*.jpg"))[: BATCH * 5]
+        if "images" in args.parts:
+            record["images"] = {
+                name: images(processor, files, root, args.rounds) for name, files in sets.items()
+            }
+        if "workers" in args.parts:
+            record["workers"] = workers(tokenizer, sets["640x480"])
+        if "rows" in args.parts:
+            record["rows"] = [rows(count, root) for count in ROWS]
+    write("loader.json", record)
+
+
+def processor_of(tokenizer: Path) -> Processor:
+    """LLaVA-1.5's image preparation: padded to 336, 576 image tokens."""
+    read = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    return Processor(read, ImageSpec("pad", SIDE), "vicuna_v1", None, (SIDE // PATCH) ** 2)
+
+
+def made_pictures(folder: Path, count: int = BATCH * 4) -> list[Path]:
+    """JPEG files of 640 x 480 with broad shapes and grain: about as large as photographs."""
+    folder.mkdir()
+    files = []
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        patches = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        broad = np.asarray(PIL.Image.fromarray(patches).resize((640, 480), FILTER))
+        grain = generator.integers(-10, 11, (480, 640, 1))
+        picture = PIL.Image.fromarray((broad + grain).clip(0, 255).astype(np.uint8))
+        files.append(folder / f"{number}.jpg")
+        picture.save(files[-1], quality=88)
+    return files
+
+
+def images(processor: Processor, files: list[Path], root: Path, rounds: int) -> dict[str, Any]:
+    """CPU milliseconds an image, ours and theirs, and where ours go."""
+    files = files[: len(files) // BATCH * BATCH]
+    checkpoint = root / "processor"
+    processor.save(checkpoint)
+    reference = build_processor(processor, checkpoint, PATCH)
+    if reference.tokenizer.pad_token is None:
+        reference.tokenizer.pad_token = reference.tokenizer.eos_token
+    text = f"{processor.template.system} USER: {reference.image_token}\n{QUESTION} ASSISTANT: "
+    text += ANSWER + "</s>"
+    batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+
+    def ours() -> list[torch.Tensor]:
+        return [batch_of(processor, batch).pixel_values for batch in batches]
+
+    def theirs() -> list[torch.Tensor]:
+        return [
+            reference(
+                images=[PIL.Image.open(file).convert("RGB") for file in batch],
+                text=[text] * len(batch),
+                return_tensors="pt",
+                padding=True,
+            )["pixel_values"]
+            for batch in batches
+        ]
+
+    gap = max(float((a - b).abs().max()) for a, b in zip(ours(), theirs(), strict=True))
+    if gap > 1e-5:
+        raise SystemExit(f"the pixels differ by {gap}")
+    ways: dict[str, Callable[[], object]] = {
+        "pumice": ours,
+        "LlavaProcessor": theirs,
+        "decode": lambda: [open_image(file) for file in files],
+        "floor": lambda: [floor(file) for file in files],
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(timed(way) / len(files) * 1e3)
+    ratios = [b / a for a, b in zip(found["pumice"], found["LlavaProcessor"], strict=True)]
+    least = [b / a for a, b in zip(found["floor"], found["LlavaProcessor"], strict=True)]
+    middle = {f"{name}_ms": round(statistics.median(ms), 2) for name, ms in found.items()}
+    return {
+        "images": len(files),
+        "kilobytes_per_image": sum(file.stat().st_size for file in files) // len(files) // 1000,
+        **middle,
+        "images_per_second_and_core": round(1e3 / statistics.median(found["pumice"])),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        "largest_possible_ratio": round(statistics.median(least), 2),
+        "largest_pixel_difference": gap,
+    }
+
+
+def batch_of(processor: Processor, files: list[Path]) -> Any:
+    """A training batch of one question on each file."""
+    samples = [Sample(file.name, (user(QUESTION, file), assistant(ANSWER))) for file in files]
+    return collate([processor.encode(sample) for sample in samples], processor.pad_id)
+
+
+def floor(file: Path) -> PIL.Image.Image:
+    """Decoding, and the two passes of Pillow's filter over what holds the picture."""
+    with PIL.Image.open(file) as picture:
+        picture.load()
+        side = max(picture.size)
+        narrow = picture.resize((SIDE * picture.width // side, picture.height), FILTER)
+    return narrow.resize((narrow.width, SIDE * narrow.height // side), FILTER)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """CPU seconds of this process."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+_PROCESSOR: Processor | None = None
+
+
+def start_process(tokenizer: Path) -> None:
+    """What every worker process holds."""
+    global _PROCESSOR
+    torch.set_num_threads(1)
+    _PROCESSOR = processor_of(tokenizer)
+
+
+def work_of_a_process(files: list[Path]) -> Any:
+    """A batch made in another process and sent here."""
+    assert _PROCESSOR is not None
+    return batch_of(_PROCESSOR, files)
+
+
+def workers(tokenizer: Path, files: list[Path]) -> dict[str, Any]:
+    """The same batches from two threads and from two processes."""
+    batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)] * 3
+    count = len(batches) * BATCH
+    found: dict[str, Any] = {}
+    start_process(tokenizer)
+    pools: dict[str, Any] = {
+        "threads": ThreadPoolExecutor(2),
+        "processes": ProcessPoolExecutor(
+            2, multiprocessing.get_context("spawn"), start_process, (tokenizer,)
+        ),
+    }
+    for name, pool in pools.items():
+        list(pool.map(work_of_a_process, batches[:2]))
+        before, wall = cpu_seconds(pool), time.perf_counter()
+        for batch in pool.map(work_of_a_process, batches):
+            assert batch.pixel_values.shape[0] == BATCH
+        found[name] = {
+            "wall_ms": round((time.perf_counter() - wall) / count * 1e3, 2),
+            "cpu_ms": round((cpu_seconds(pool) - before) / count * 1e3, 2),
+        }
+        pool.shutdown()
+    return found
+
+
+def cpu_seconds(pool: Any) -> float:
+    """Of this process and of the pool's."""
+    total = time.process_time()
+    tick = os.sysconf("SC_CLK_TCK")
+    for pid in getattr(pool, "_processes", None) or {}:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / tick
+    return total
+
+
+READ = """
+import json, sys, time
+start = time.perf_counter()
+from pumice.data.loader import Loader
+from pumice.data.mixture import Mixture, Part
+from pumice.data.sources import LlavaJson
+imported = time.perf_counter()
+source = LlavaJson(sys.argv[1], "images")
+opened = time.perf_counter()
+
+class Plain:
+    image_tokens, pad_id = 576, 0
+    def encode(self, sample, max_tokens=None): return sample.id
+
+loader = Loader(Mixture([Part(source)], 0), Plain(), 128, 0, workers=int(sys.argv[2]),
+                collate=lambda rows, pad: rows)
+seen = sum(len(batch) for batch in loader.iterate(0, 60))
+# Not ru_maxrss, which a process inherits from the one that started it.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps({
+    "open_s": round(opened - imported, 3),
+    "first_60_batches_s": round(time.perf_counter() - opened, 3),
+    "peak_megabytes": int(status["VmHWM"].split()[0]) // 1024,
+}))
+"""
+
+
+def rows(count: int, root: Path) -> dict[str, Any]:
+    """A JSONL file of `count` rows, read by processes of their own."""
+    path = root / f"{count}.jsonl"
+    with path.open("w") as file:
+        for number in range(count):
+            turns = [("human", f"<image>\n{QUESTION}"), ("gpt", ANSWER)]
+            row = {"id": f"{number:09d}", "image": f"train/{number:012d}.jpg"}
+            said = [{"from": who, "value": value} for who, value in turns]
+            file.write(json.dumps(row | {"conversations": said}) + "\n")
+    env = os.environ | {"PUMICE_CACHE": str(root / "cache")}
+
+    def read(threads: int) -> dict[str, Any]:
+        command = [sys.executable, "-c", READ, str(path), str(threads)]
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    first = read(0)
+    record = {
+        "rows": count,
+        "megabytes": path.stat().st_size // 10**6,
+        "finding_places_s": first["open_s"],
+        "again": read(0),
+        "again_with_8_threads": read(8),
+    }
+    path.unlink()
+    return record
+
+
+if __name__ == "__main__":
+    main()
