@@ -173,7 +173,7 @@ def training(bench: Bench) -> dict[str, Any]:
     source = LlavaJson(bench.world / "llava" / "instruct.json", bench.world / "images")
     loader = Loader(Mixture([Part(source)], 0), bench.processor, ROWS, 0, max_tokens=512)
     start = bench.clock()
-    batches = [loader.batch_at(step) for step in range(BATCHES)]
+    batches = [loader.micro_batches_at(step)[0] for step in range(BATCHES)]
     record: dict[str, Any] = {
         "batch": [list(batch.input_ids.shape) for batch in batches],
         "supervised": [batch.num_supervised for batch in batches],

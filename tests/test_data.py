@@ -247,7 +247,7 @@ def test_files_become_batches(tmp_path: Path, real_processor: Any) -> None:
     source = LlavaJson(write_lines(tmp_path / "train.jsonl", rows), tmp_path)
     loader = Loader(Mixture([Part(source)], 0), real_processor, batch_size=4, seed=0)
     (batch,) = loader.iterate(0, 1)
-    again = loader.batch_at(0)
+    again = loader.micro_batches_at(0)[0]
     assert sorted(batch.sample_ids) == ["alpha.png", "cmyk.jpg", "grey.png", "text"]
     assert batch.pixel_values.shape == (3, 3, 32, 32) and batch.num_supervised > 0
     for name in ("input_ids", "labels", "position_ids", "pixel_values", "lengths"):
@@ -278,7 +278,7 @@ def test_a_faulty_image_stops_training_with_its_name(
     path = write_list(tmp_path / "train.json", [row(ASKED, id="q17", image=name)])
     mixture = Mixture([Part(LlavaJson(path, tmp_path))], 0)
     with pytest.raises(DataError) as caught:
-        Loader(mixture, real_processor, batch_size=1, seed=0).batch_at(0)
+        Loader(mixture, real_processor, batch_size=1, seed=0).micro_batches_at(0)[0]
     message = str(caught.value)
     for part in (f"sample 'q17' ({path}, row 1)", f"image {tmp_path / name}", expected):
         assert part in message
@@ -291,4 +291,4 @@ def test_over_long_real_samples_are_named(tmp_path: Path, real_processor: Any) -
     path = write_list(tmp_path / "train.json", [row(turns, id="q", image="missing.png")])
     mixture = Mixture([Part(LlavaJson(path, tmp_path))], 0)
     with pytest.raises(DataError, match=r"sample 'q' \(.*row 1\) has \d+ tokens .*at most 32 "):
-        Loader(mixture, real_processor, batch_size=1, seed=0, max_tokens=32).batch_at(0)
+        Loader(mixture, real_processor, batch_size=1, seed=0, max_tokens=32).micro_batches_at(0)[0]

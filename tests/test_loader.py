@@ -14,6 +14,7 @@ from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import Sample, user
 from pumice.data.loader import WINDOW, Loader
 from pumice.data.mixture import Mixture, Part, shuffled
+from pumice.data.packing import Packing, Size
 
 # Mixture
 
@@ -164,7 +165,7 @@ def test_batches_are_the_same_whatever_the_workers_and_wherever_one_starts(group
         assert any("pumice-loader" in name for name in loader.processor.threads)
     # Any order of asking, across epochs (13 steps each) and back.
     for step in (39, 0, 14, 12, 13):
-        assert alone.batch_at(step) == expected[step]
+        assert alone.micro_batches_at(step) == expected[step]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -189,13 +190,15 @@ def test_a_set_smaller_than_a_batch_gives_whole_batches() -> None:
 
 def test_grouping_by_length_evens_the_batches_out_and_keeps_their_order_random() -> None:
     def waste(loader: Loader) -> int:
-        batches = [[length for _, length in batch] for batch in map(loader.batch_at, range(60))]  # type: ignore[call-overload]
+        batches = [[length for _, length in loader.micro_batches_at(s)[0]] for s in range(60)]  # type: ignore[attr-defined]
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
     count = WINDOW * 8 + 80
     grouped, plain = make_loader(count, group_by_length=True), make_loader(count)
     assert waste(grouped) < 0.2 * waste(plain)
-    longest = [max(length for _, length in grouped.batch_at(step)) for step in range(WINDOW)]  # type: ignore[attr-defined]
+    longest = [
+        max(length for _, length in grouped.micro_batches_at(step)[0]) for step in range(WINDOW)
+    ]  # type: ignore[attr-defined]
     rises = sum(a < b for a, b in zip(longest, longest[1:], strict=False))
     assert 15 < rises < 35
     # Rows stay within their window of the epoch.
@@ -210,7 +213,8 @@ def test_processes_share_the_steps_of_one(grouped: bool) -> None:
     whole = make_loader(group_by_length=grouped)
     shares = [make_loader(group_by_length=grouped, rank=r, world_size=4) for r in range(4)]
     for step in range(30):
-        parts = [loader.rows_at(step) for loader in shares]
+        rows = whole.rows_at(step)
+        parts = [row for loader in shares for row in loader.micro_rows(rows)]
         assert [len(part) for part in parts] == [2] * 4
         assert sorted(sum(parts, [])) == sorted(whole.rows_at(step))
 
@@ -219,7 +223,7 @@ def test_a_faulty_row_stops_at_its_own_step_and_is_named() -> None:
     rows = Rows(40, "bad")
     mixture = Mixture([Part(rows)], seed=0)
     step, bad = 2, mixture.order(0)[20][1]
-    expected = [make_loader(mixture=mixture).batch_at(before) for before in range(step)]
+    expected = [make_loader(mixture=mixture).micro_batches_at(before) for before in range(step)]
     rows.bad = frozenset({bad})
     for workers in (0, 2):
         batches = make_loader(mixture=mixture, workers=workers).iterate(0, 5)
@@ -263,7 +267,7 @@ def test_preparing_ahead_is_bounded() -> None:
 def test_collate_gets_the_pad_id_of_the_processor() -> None:
     seen = []
     loader = make_loader(collate=lambda encoded, pad_id: seen.append(pad_id))
-    loader.batch_at(0)
+    loader.micro_batches_at(0)
     assert seen == [3]
 
 
@@ -272,15 +276,66 @@ def test_settings_that_make_no_sense() -> None:
         make_loader(world_size=3)
     with pytest.raises(PumiceError, match="batch_size is 0"):
         make_loader(batch_size=0)
+    with pytest.raises(PumiceError, match="micro_batch_size is 3 and a process has 4 rows"):
+        make_loader(micro_batch_size=3, world_size=2)
     with pytest.raises(PumiceError, match="workers is -1"):
         make_loader(workers=-1)
 
 
-def test_the_length_estimate_counts_images() -> None:
-    class Pictures(Rows):
-        def size(self, row: int) -> tuple[int, int]:
-            return 10, row % 2
+class Pictures(Rows):
+    """Every other row has an image."""
 
+    def size(self, row: int) -> tuple[int, int]:
+        return 10, row % 2
+
+
+def test_the_length_estimate_counts_images() -> None:
     loader = make_loader(mixture=Mixture([Part(Pictures(80))], 0), group_by_length=True)
     kinds = [{row % 2 for _, row in loader.rows_at(step)} for step in range(10)]
     assert all(len(kind) == 1 for kind in kinds) and {0} in kinds and {1} in kinds
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_grouping_by_modality_leaves_one_mixed_batch_a_window(by_length: bool) -> None:
+    mixture = Mixture([Part(Pictures(WINDOW * 8 + 36))], 0)
+    loader = make_loader(mixture=mixture, group_by_modality=True, group_by_length=by_length)
+    batches = [loader.rows_at(step) for step in range(loader.steps_per_epoch)]
+    assert sorted({row for batch in batches for row in batch}) == sorted(mixture.order(0))
+    kinds = [{row % 2 for _, row in batch} for batch in batches]
+    assert sum(len(kind) == 2 for kind in kinds[:WINDOW]) <= 1
+    assert sum(len(kind) == 2 for kind in kinds) <= 2
+    assert {0} in kinds[:10] and {1} in kinds[:10]
+    assert batches != [
+        make_loader(mixture=mixture, group_by_modality=True, seed=1).rows_at(step)
+        for step in range(loader.steps_per_epoch)
+    ]
+
+
+class Sizes:
+    """One token a character, one view."""
+
+    def __call__(self, row: tuple[int, int]) -> Size:
+        return Size(Rows(100).size(row[1])[0], 1)
+
+    def check(self, row: tuple[int, int], encoded: Any) -> None:
+        assert self(row).tokens == len(encoded.input_ids)
+
+    def keep(self) -> None:
+        pass
+
+
+def test_packing_shares_the_rows_of_a_step_among_processes() -> None:
+    packing = Packing(tokens=500, tiles=5)
+    plain = make_loader()
+    for processes in (1, 2, 4):
+        shares = [
+            make_loader(packing=packing, sizes=Sizes(), rank=r, world_size=processes)
+            for r in range(processes)
+        ]
+        for step in range(20):
+            batches = [loader.micro_batches_at(step) for loader in shares]
+            assert len({len(share) for share in batches}) == 1
+            held = [batch for share in batches for batch in share]
+            assert all(sum(length for _, length in batch) <= 500 for batch in held)  # type: ignore[attr-defined]
+            assert all(0 < len(batch) <= 5 for batch in held)  # type: ignore[arg-type]
+            assert sorted(sum(held, [])) == sorted(plain.micro_batches_at(step)[0])  # type: ignore[arg-type,type-var]

@@ -193,6 +193,7 @@ def batch_of(ids: torch.Tensor, labels: torch.Tensor, images: int) -> SimpleName
         pixel_values=pixels(images),
         image_sizes=[],
         instruction=None,
+        documents=None,
     )
 
 

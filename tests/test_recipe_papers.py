@@ -46,7 +46,7 @@ def test_the_settings_of_the_scripts(name: str) -> None:
     for stage in (align, tune):
         assert (stage.warmup, stage.schedule, stage.weight_decay) == (0.03, "cosine", 0.0)
         assert (stage.clip, stage.max_tokens, stage.lora, stage.steps) == (None, 2048, None, None)
-    assert tune.group_by_length == name.startswith("llava15")
+    assert tune.group_by_length == tune.group_by_modality == name.startswith("llava15")
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -7,12 +7,14 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tiny
 from pumice.core.errors import PumiceError
+from pumice.data.packing import Packing
 from pumice.models.checkpoint import load_lmm
 from pumice.train import trainer
 from pumice.train.fingerprint import spec_record
@@ -90,11 +92,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(trainer.Trainer, "_step", stepping)
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [{}, {"packing": Packing(512, tiles=2)}, {"micro_batch_size": 2}],
+    ids=["whole", "packed", "accumulated"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    spec: StageSpec, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pieces: dict[str, Any],
+    spec: StageSpec,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     init = run_stage(spec, tmp_path / "whole").checkpoint
-    tune = tune_spec(spec, world, init)
+    tune = tune_spec(spec, world, init, **pieces)
     whole = run_stage(tune, tmp_path / "whole").checkpoint
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -283,7 +294,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
 
     lmm, _ = _build_model(spec)
     loader = _build_loader(spec, _build_processor(spec, lmm))
-    batch = loader.batch_at(0)
+    batch = loader.micro_batches_at(0)[0]
     with torch.no_grad():
         together, count = lmm.loss(batch)
         logits = lmm(batch.input_ids, batch.position_ids, batch.pixel_values).float()

@@ -216,6 +216,7 @@ def _stage_spec(
     find: Callable[[str], Path] | None = None,
 ) -> StageSpec:
     from pumice.core.shipped import resolve_backbone
+    from pumice.data.packing import Packing
     from pumice.train.stages import DataSpec, StageSpec
 
     model, names, source = recipe.model, recipe.model.vision, recipe.model.connector_from
@@ -260,6 +261,9 @@ def _stage_spec(
         clip=stage.clip,
         max_tokens=stage.max_tokens,
         group_by_length=stage.group_by_length,
+        group_by_modality=stage.group_by_modality,
+        packing=None if stage.packing is None else Packing(**stage.packing.model_dump()),
+        micro_batch_size=stage.micro_batch_size,
         seed=recipe.seed,
     )
 

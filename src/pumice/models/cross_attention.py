@@ -30,6 +30,8 @@ from pumice.models.constants import IMAGE_ID
 from pumice.models.language import LanguageModel
 
 Projected = tuple[torch.Tensor, torch.Tensor]
+# For each document of a packed row the number of its positions, and of the latents of its images.
+Documents = tuple[tuple[int, int], ...]
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class Media:
     projected: dict[int, Projected] = field(default_factory=dict)
     """Keys and values of each layer, kept while no gradient is wanted: decoding needs them at
     every token."""
+    documents: Documents | None = None
+    """Those of a packed row, B = 1: each is looked through on its own."""
 
     def after(self) -> Media:
         """The same images for the one token that follows: it sees what the last position saw."""
@@ -60,11 +64,12 @@ def media_for(
     ids: torch.Tensor,
     latents: Sequence[Sequence[torch.Tensor] | torch.Tensor],
     position_ids: torch.Tensor | None = None,
+    documents: Sequence[int] | None = None,
 ) -> Media | None:
     """long[B, T], for each row float[Ki, Dm] of each image -> Media; None without any image.
 
     Where `position_ids`, long[B, T], restart at 0 a new document begins, which sees no image of
-    the one before it.
+    the one before it. `documents` are the lengths of those of a packed row.
     """
     is_image = ids == IMAGE_ID
     places = is_image.sum(1).tolist()
@@ -87,7 +92,20 @@ def media_for(
     ]
     owner = torch.tensor([(row + [-1] * width)[:width] for row in owners], device=ids.device)
     states = torch.stack([row[:width] for row in padded])
-    return Media(states, owner, _last_image(is_image, position_ids))
+    looked = None if documents is None else _documents(is_image[0], latents[0], documents)
+    return Media(states, owner, _last_image(is_image, position_ids), documents=looked)
+
+
+def _documents(
+    is_image: torch.Tensor, latents: Sequence[torch.Tensor] | torch.Tensor, lengths: Sequence[int]
+) -> Documents:
+    """bool[T], float[Ki, Dm] of each image -> positions and latents of each document."""
+    images = iter(latents)
+    counts = [int(part.sum()) for part in torch.split(is_image.cpu(), list(lengths))]
+    return tuple(
+        (length, sum(len(next(images)) for _ in range(count)))
+        for length, count in zip(lengths, counts, strict=True)
+    )
 
 
 def by_row(
@@ -153,6 +171,7 @@ class GatedLayer(nn.Module):
         states: torch.Tensor | None = None,
         owner: torch.Tensor | None = None,
         seen: torch.Tensor | None = None,
+        documents: Documents | None = None,
         projected: Projected | None = None,
     ) -> torch.Tensor:
         """float[B, T, D], float[B, K, Dm], long[B, K], long[B, T] -> float[B, T, D].
@@ -163,7 +182,7 @@ class GatedLayer(nn.Module):
         if states is not None:
             assert owner is not None and seen is not None
             keys, values = projected or self.project(states)
-            mixed = self._attend(hidden, keys, values, owner, seen)
+            mixed = self._attend(hidden, keys, values, owner, seen, documents)
             hidden = hidden + self.attention_gate.tanh() * mixed
         normed = self.feed_norm(hidden)
         inner = self.up(normed)
@@ -181,24 +200,48 @@ class GatedLayer(nn.Module):
         values: torch.Tensor,
         owner: torch.Tensor,
         seen: torch.Tensor,
+        documents: Documents | None,
     ) -> torch.Tensor:
         query = norm_heads(self.query(self.attention_norm(hidden)), self.heads, self.query_norm)
-        query = self._split(query)
-        blind = seen < 0
+        query, blind = self._split(query), seen < 0
         # A softmax over nothing has no value; such positions see all latents, and drop the result.
-        allowed = (owner[:, None] == seen[..., None]) | blind[..., None]
-        if query.is_cuda:
-            mixed = F.scaled_dot_product_attention(query, keys, values, allowed[:, None])
+        if documents is None:
+            mixed = _look(query, keys, values, owner, seen)
         else:
-            # On CPU the fused kernel is slower at these sizes, in bfloat16 several times.
-            scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
-            scores = scores.masked_fill(~allowed[:, None], float("-inf"))
-            mixed = scores.softmax(-1, torch.float32).to(values.dtype) @ values
+            positions, latents = (list(counts) for counts in zip(*documents, strict=True))
+            pieces = zip(
+                torch.split(query, positions, 2),
+                torch.split(keys, latents, 2),
+                torch.split(values, latents, 2),
+                torch.split(owner, latents, 1),
+                torch.split(seen, positions, 1),
+                strict=True,
+            )
+            # A document without images is blind all through.
+            mixed = torch.cat([_look(*p) if p[1].shape[2] else p[0] for p in pieces], 2)
         out: torch.Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out.masked_fill(blind[..., None], 0.0)
 
     def _split(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:-1], self.heads, -1).transpose(1, 2)
+
+
+def _look(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    owner: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """float[B, H, T, Dh], twice float[B, H, K, Dh], and which of them to see -> [B, H, T, Dh]."""
+    allowed = (owner[:, None] == seen[..., None]) | (seen < 0)[..., None]
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, keys, values, allowed[:, None])
+    # On CPU the fused kernel is slower at these sizes, in bfloat16 several times.
+    scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    mixed: torch.Tensor = scores.softmax(-1, torch.float32).to(values.dtype) @ values
+    return mixed
 
 
 class CrossAttentionLayers(nn.Module):
@@ -256,7 +299,9 @@ class CrossAttentionLayers(nn.Module):
                 f"images are laid out for {tuple(media.seen.shape)}; both must be equal. Make the "
                 f"media from the same ids, and `Media.after` for each token that follows."
             )
-        given = (hidden,) if media is None else (hidden, media.states, media.owner, media.seen)
+        given: tuple[Any, ...] = (hidden,)
+        if media is not None:
+            given = (hidden, media.states, media.owner, media.seen, media.documents)
         if torch.is_grad_enabled():
             # The block recomputes only itself; its gated layer follows its example.
             if getattr(block, "gradient_checkpointing", False) and block.training:

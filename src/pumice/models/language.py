@@ -5,6 +5,7 @@ Shapes: B batch, T positions, D model width, V vocabulary, K kept positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ class LanguageModel(nn.Module):
         table: torch.Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return table
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_embeddings.device
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """long[B, T] -> float[B, T, D]."""
         embedded: torch.Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
@@ -93,13 +99,20 @@ class LanguageModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
         keep: torch.Tensor | None = None,
+        documents: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """float[B, T, D] -> float[B, T, V], or float[K, V] for the K True positions of bool[B, T].
 
         Without mask and cache, documents packed into one row stay apart when their `position_ids`
         restart at 0; a mask or transformers' own default cache would let them see each other.
+        `documents`, the lengths of those of the one row, spares what is between them; before that
+        `packed_attention.attend_to_documents` must have prepared and checked the decoder.
         """
-        extra = {"logits_to_keep": keep} if keep is not None and _GATHERS_BEFORE_HEAD else {}
+        gathers = keep is not None and _GATHERS_BEFORE_HEAD
+        extra: dict[str, Any] = {"logits_to_keep": keep} if gathers else {}
+        if documents is not None:
+            assert attention_mask is None and cache is None
+            extra["documents"] = tuple(documents)
         logits: torch.Tensor = self.model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
@@ -108,4 +121,4 @@ class LanguageModel(nn.Module):
             use_cache=cache is not None,
             **extra,
         ).logits
-        return logits[keep] if keep is not None and not extra else logits
+        return logits[keep] if keep is not None and not gathers else logits

@@ -56,6 +56,10 @@ class TrainingBatch(Protocol):
     def instruction(self) -> Instruction | None:
         """What is asked of each image, for connectors that read it."""
 
+    @property
+    def documents(self) -> Sequence[int] | None:
+        """The lengths of the documents packed into the one row; None for padded rows."""
+
 
 class LMM(nn.Module):
     """A large multimodal model; every part may be frozen or trained on its own."""
@@ -153,7 +157,7 @@ class LMM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.language.token_embeddings.device
+        return self.language.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,15 +255,17 @@ class LMM(nn.Module):
         input_ids: torch.Tensor,
         features: Features | None,
         position_ids: torch.Tensor | None = None,
+        documents: Sequence[int] | None = None,
     ) -> Media | None:
         """What gated layers look at; None without such layers or without images.
 
         long[B, T] with one IMAGE_ID an image, features of all images in reading order;
-        `position_ids`, long[B, T], that restart at 0 begin a new document.
+        `position_ids`, long[B, T], that restart at 0 begin a new document, and `documents` are
+        the lengths of those of a packed row.
         """
         if self.cross_attention is None:
             return None
-        return media_for(input_ids, by_row(input_ids, features), position_ids)
+        return media_for(input_ids, by_row(input_ids, features), position_ids, documents)
 
     def looking_at(self, media: Media | None) -> AbstractContextManager[None]:
         """While it lasts, the gated layers of the language model see these images."""
@@ -274,18 +280,23 @@ class LMM(nn.Module):
         keep: torch.Tensor | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         instruction: Instruction | None = None,
+        documents: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """long[B, T] and images -> float[B, T, V] or float[K, V].
 
         Images come as pixels, float[N, 3, H, W] (with sizes when tiled, with instructions when the
         connector reads them), or as features already encoded. `keep`, bool[B, T], selects the
-        positions whose logits are wanted. Padding stands on the right.
+        positions whose logits are wanted. Padding stands on the right. `documents` are the lengths
+        of those packed into the one row, each with positions of its own.
         """
         if features is None and pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values, image_sizes, instruction)
-        with self.looking_at(self.media(input_ids, features, position_ids)):
+        with self.looking_at(self.media(input_ids, features, position_ids, documents)):
             logits: torch.Tensor = self.language(
-                self.embed(input_ids, features), position_ids=position_ids, keep=keep
+                self.embed(input_ids, features),
+                position_ids=position_ids,
+                keep=keep,
+                documents=documents,
             )
         return logits
 
@@ -309,6 +320,7 @@ class LMM(nn.Module):
             keep=keep,
             image_sizes=batch.image_sizes,
             instruction=batch.instruction,
+            documents=batch.documents,
         )
         wanted = targets[supervised]
         return F.cross_entropy(logits.float(), wanted, reduction="sum"), len(wanted)

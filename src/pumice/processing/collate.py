@@ -1,7 +1,7 @@
-"""Encoded conversations to one padded batch.
+"""Encoded conversations to one batch, padded or packed.
 
-Shapes: B = conversations, T = tokens of the longest, N = views, S = their side, I = images, L =
-tokens of the longest instruction.
+Shapes: C = conversations, B = rows, T = positions of a row, N = views, S = their side, I = images,
+L = tokens of the longest instruction. Padded, B is C and T the longest; packed, B is 1.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pumice.processing.processor import Encoded
 
 @dataclass
 class Batch:
-    """Padded conversations. Contract 2 (processing -> models).
+    """Conversations in rows. Contract 2 (processing -> models).
 
     `position_ids` restart at each document, and the padding is a document of its own: behind the
-    conversation and never learnt, it needs no attention mask in training. `grids` are the tiles of
+    conversation and never learnt, it needs no attention mask in training. `documents` are the
+    lengths of the conversations of a packed row, None for padded ones. `grids` are the tiles of
     each image (columns, rows) and `image_sizes` its width and height. `instruction` is what is
     asked of each image, None where the connector does not read it.
     """
@@ -32,10 +33,11 @@ class Batch:
     position_ids: torch.Tensor  # long[B, T]
     pixel_values: torch.Tensor  # float[N, 3, S, S]
     grids: torch.Tensor  # long[I, 2]
-    lengths: torch.Tensor  # long[B]
+    lengths: torch.Tensor  # long[C]
     sample_ids: list[str]
     image_sizes: list[tuple[int, int]]
     instruction: Instruction | None = None  # long[I, L], bool[I, L]
+    documents: tuple[int, ...] | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -57,11 +59,7 @@ _TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "grids", "len
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """Conversations padded on the right -> long[B, T] ids, labels, positions; float[N, 3, S, S]."""
-    if not encoded:
-        raise PumiceError(
-            "an empty list cannot become a batch; one or more encoded conversations are needed. "
-            "Check that the data has rows."
-        )
+    _check_some(encoded)
     lengths = [len(one.input_ids) for one in encoded]
     longest = max(lengths)
     input_ids = torch.full((len(encoded), longest), pad_id, dtype=torch.long)
@@ -72,6 +70,33 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         labels[row, :length] = torch.tensor(one.labels, dtype=torch.long)
         position_ids[row, :length] = torch.arange(length)
         position_ids[row, length:] = torch.arange(longest - length)
+    return _batch(encoded, input_ids, labels, position_ids)
+
+
+def collate_packed(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """Conversations one after the other in one row -> long[1, T], without any padding.
+
+    The first token of each is predicted from nothing, as in a row of its own, and never learnt.
+    """
+    _check_some(encoded)
+    lengths = tuple(len(one.input_ids) for one in encoded)
+    labels = [label for one in encoded for label in (IGNORE, *one.labels[1:])]
+    batch = _batch(
+        encoded,
+        torch.tensor([[token for one in encoded for token in one.input_ids]], dtype=torch.long),
+        torch.tensor([labels], dtype=torch.long),
+        torch.cat([torch.arange(length) for length in lengths])[None],
+    )
+    return replace(batch, documents=lengths)
+
+
+def _batch(
+    encoded: Sequence[Encoded],
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> Batch:
+    """Three times long[B, T], and all that belongs to images in reading order."""
     return Batch(
         input_ids=input_ids,
         labels=labels,
@@ -80,11 +105,19 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
         grids=torch.tensor(
             [grid for one in encoded for grid in one.grids], dtype=torch.long
         ).reshape(-1, 2),
-        lengths=torch.tensor(lengths, dtype=torch.long),
+        lengths=torch.tensor([len(one.input_ids) for one in encoded], dtype=torch.long),
         sample_ids=[one.sample_id for one in encoded],
         image_sizes=[size for one in encoded for size in one.image_sizes],
         instruction=pad_instructions([ids for one in encoded for ids in one.instructions]),
     )
+
+
+def _check_some(encoded: Sequence[Encoded]) -> None:
+    if not encoded:
+        raise PumiceError(
+            "an empty list cannot become a batch; one or more encoded conversations are needed. "
+            "Check that the data has rows."
+        )
 
 
 def pad_instructions(instructions: Sequence[Sequence[int]]) -> Instruction | None:

@@ -333,9 +333,7 @@ class Processor:
         self, segments: Sequence[Segment], counts: Sequence[int], where: str
     ) -> tuple[list[int], list[int]]:
         """Ids and labels; `counts` are the positions of each image."""
-        places = iter(counts)
-        ids: list[int] = []
-        labels: list[int] = []
+        places, ids, labels = iter(counts), list[int](), list[int]()
         last: Segment | None = None
         for segment in segments:
             if segment.kind == "token" and Token(segment.text) not in self._token_ids:

@@ -97,6 +97,14 @@ class Lora(Section):
         return self
 
 
+class Packing(Section):
+    """Conversations of a step in as few rows as the budget of a row allows, without padding."""
+
+    tokens: PositiveInt
+    tiles: PositiveInt | None = None
+    """Views of images a row may hold (one an image, more where it is tiled); null for any."""
+
+
 class Stage(Section):
     """One training stage. A part not named in `train`, or named with null, is frozen."""
 
@@ -116,6 +124,11 @@ class Stage(Section):
     clip: PositiveFloat | None = 1.0
     max_tokens: PositiveInt = 2048
     group_by_length: bool = False
+    group_by_modality: bool = False
+    """Batches of conversations with images, and batches of text alone, as LLaVA-1.5 does."""
+    packing: Packing | None = None
+    micro_batch_size: PositiveInt | None = None
+    """So many conversations of a step are computed at a time; null for all of them."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -139,6 +152,25 @@ class Stage(Section):
             raise ValueError(
                 f"lora is set but train names {', '.join(self.train)}: adapters learn at "
                 "train.language's rate; set it, or set lora to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_of_a_step(self) -> Self:
+        if self.packing is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                "packing and micro_batch_size are both set, and each says in which pieces a step "
+                "is computed: set one of them to null"
+            )
+        if self.packing is not None and self.packing.tokens < self.max_tokens:
+            raise ValueError(
+                f"packing.tokens is {self.packing.tokens} and max_tokens is {self.max_tokens}: a "
+                "packed row must hold the longest conversation; raise one or lower the other"
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size} and batch_size {self.batch_size}: "
+                "a divisor of batch_size is allowed"
             )
         return self
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # They decide how often a stage is saved and how fast it reads, not what it computes.
 _FREE = ("workers", "save_every")
+# A stage that does not use these is named as it was before there was such a choice.
+_LATER = {"packing": None, "micro_batch_size": None, "group_by_modality": False}
 # Small files of a backbone that decide what is computed, where a folder has them.
 _READ_WHOLE = (
     "config.json",
@@ -35,6 +37,9 @@ def spec_fingerprint(spec: StageSpec) -> str:
     content: dict[str, Any] = asdict(spec)
     for key in _FREE:
         content.pop(key)
+    for key, unused in _LATER.items():
+        if content[key] == unused:
+            content.pop(key)
     content["data"] = [_data_content(entry) for entry in spec.data]
     content["vision"] = [_folder_content(folder) for folder in spec.vision]
     content["language"] = _folder_content(spec.language)

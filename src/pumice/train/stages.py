@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from pumice.data.loader import Loader
+    from pumice.data.packing import Packing
     from pumice.data.sources import Source
     from pumice.models.config import LMMConfig
     from pumice.models.feature_cache import FeatureCache
@@ -101,6 +102,9 @@ class StageSpec:
     clip: float | None = 1.0
     max_tokens: int = 2048
     group_by_length: bool = False
+    group_by_modality: bool = False
+    packing: Packing | None = None
+    micro_batch_size: int | None = None
     seed: int = 0
     workers: int = 1
     save_every: int = 500
@@ -134,6 +138,7 @@ def run_stage(
     if done:
         log.info("stage %s is complete in %s", spec.name, checkpoint)
         return done
+    from pumice.models.packed_attention import attend_to_documents
     from pumice.train.trainer import Trainer
 
     check_adapters(spec)
@@ -146,6 +151,8 @@ def run_stage(
     if spec.lora is not None:
         attach_adapters(lmm, spec.lora)
     _set_trainable(lmm, spec)
+    if spec.packing is not None:
+        attend_to_documents(lmm.language)
     if "vision" not in spec.train:
         lmm.vision.use_cache(features)
     before = weight_hashes(lmm, PARTS)
@@ -185,7 +192,7 @@ def _save(
     if spec.lora is None:
         save_checkpoint(checkpoint, lmm, processor.save, training)
     elif spec.lora.save == "merged":
-        training["lora"] = merge_adapters(lmm, loader.batch_at(0).to(lmm.device))
+        training["lora"] = merge_adapters(lmm, loader.micro_batches_at(0)[0].to(lmm.device))
         save_checkpoint(checkpoint, lmm, processor.save, training)
     else:
         training["lora"], write = adapter_files(lmm, spec, checkpoint, language_tensors)
@@ -342,20 +349,29 @@ def _instruction_reader(
 
 
 def _build_loader(spec: StageSpec, processor: Processor) -> Loader:
+    from pumice.data.lengths import RowSizes
     from pumice.data.loader import Loader
     from pumice.data.mixture import Mixture, Part
 
     parts = [Part(entry.open(), entry.weight, entry.cap) for entry in spec.data]
+    mixture = Mixture(parts, spec.seed)
     return Loader(
-        Mixture(parts, spec.seed), processor, spec.batch_size, seed=spec.seed,
-        workers=spec.workers, group_by_length=spec.group_by_length, max_tokens=spec.max_tokens,
+        mixture, processor, spec.batch_size, seed=spec.seed, workers=spec.workers,
+        group_by_length=spec.group_by_length, group_by_modality=spec.group_by_modality,
+        max_tokens=spec.max_tokens, micro_batch_size=spec.micro_batch_size, packing=spec.packing,
+        sizes=None if spec.packing is None else RowSizes(
+            mixture, processor, [asdict(entry) for entry in spec.data]
+        ),
     )  # fmt: skip
 
 
 def _match_connector_scale(lmm: LMM, loader: Loader) -> None:
-    """Scale a new connector by the first batch that has an image (text-only data has none)."""
+    """Scale a new connector by the first step that has an image (text-only data has none)."""
+    import torch
+
     for step in range(loader.steps_per_epoch):
-        pixels = loader.batch_at(step).pixel_values
+        # All of a step, so that nothing depends on the pieces in which it is computed.
+        pixels = torch.cat([batch.pixel_values for batch in loader.micro_batches_at(step)])
         if len(pixels):
             lmm.match_connector_scale(pixels.to(lmm.device))
             return

@@ -1,6 +1,7 @@
 """The training loop: batches in, weights moved, metrics and states written.
 
-One loss rule: the sum of the cross entropy over supervised tokens, divided by their number.
+One loss rule: the sum of the cross entropy over the supervised tokens of a step, divided by their
+number, however many micro-batches it is computed in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -92,11 +94,11 @@ class Trainer:
         shutil.rmtree(self.states, ignore_errors=True)
 
     def _steps(self, start: int, writer: JsonlWriter, bar: Progress) -> None:
-        batches = self.loader.iterate(start, self.total - start)
+        steps = self.loader.iterate(start, self.total - start)
         clock = time.monotonic()
-        for step, batch in enumerate(batches, start=start):
+        for step, batches in enumerate(steps, start=start):
             waited = time.monotonic() - clock
-            row = self._step(step, batch.to(self.device))
+            row = self._step(step, batches)
             now = time.monotonic()
             row |= {"seconds": round(now - clock, 4), "data_seconds": round(waited, 4)}
             clock = now
@@ -111,32 +113,42 @@ class Trainer:
                     f"{self.states}: give the same command again to go on"
                 )
 
-    def _step(self, step: int, batch: Batch) -> dict[str, Any]:
-        """One optimizer step; gives the row for metrics.jsonl."""
+    def _step(self, step: int, batches: Sequence[Batch]) -> dict[str, Any]:
+        """One optimizer step over its micro-batches; gives the row for metrics.jsonl."""
         factor = learning_rate_factor(step, self.total, self.spec.warmup, self.spec.schedule)
         rates = set_learning_rates(self.optimizer, factor)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            loss_sum, count = self.lmm.loss(batch)
-        loss = loss_sum / count
-        loss.backward()  # type: ignore[no-untyped-call]
+        count = sum(batch.num_supervised for batch in batches)
+        value = sum(self._backward(batch.to(self.device), count) for batch in batches)
         clip = math.inf if self.spec.clip is None else self.spec.clip
         norm = torch.nn.utils.clip_grad_norm_(self.trained, clip)
-        value, size = float(loss.detach()), float(norm)
+        size = float(norm)
         if not (math.isfinite(value) and math.isfinite(size)):
-            raise self._not_finite(step, batch, value, size)
+            raise self._not_finite(step, batches, value, size)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.supervised += count
         self.losses.append(value)
         return {
             "stage": self.spec.name, "step": step + 1, "loss": value, "grad_norm": size,
-            "lr": rates, "tokens": int(batch.lengths.sum()), "supervised": count,
+            "lr": rates, "tokens": sum(int(batch.lengths.sum()) for batch in batches),
+            "supervised": count,
         }  # fmt: skip
 
-    def _not_finite(self, step: int, batch: Batch, loss: float, norm: float) -> PumiceError:
+    def _backward(self, batch: Batch, count: int) -> float:
+        """Adds a micro-batch's part of the gradient of a step of `count` supervised tokens."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            loss_sum, _ = self.lmm.loss(batch)
+        loss = loss_sum / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _not_finite(
+        self, step: int, batches: Sequence[Batch], loss: float, norm: float
+    ) -> PumiceError:
         path = self.out / f"{self.spec.name}.not_finite.json"
+        names = [name for batch in batches for name in batch.sample_ids]
         write_json(path, {"step": step + 1, "loss": str(loss), "gradient_norm": str(norm),
-                          "samples": batch.sample_ids})  # fmt: skip
+                          "samples": names})  # fmt: skip
         return PumiceError(
             f"stage {self.spec.name!r} stopped at step {step + 1}: loss {loss}, gradient norm "
             f"{norm}; both must be finite. The samples of this step are listed in {path}; look at "
