@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import tiny
-from pumice.cli.run import check_choices, connector_source, stage_specs
+from pumice.cli.run import check_choices
+from pumice.cli.stages import connector_source, stage_specs
 from pumice.convert.connector_weights import load_connector
 from pumice.core.errors import PumiceError
 from pumice.models.checkpoint import load_lmm

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pumice.cli import run as run_module
+from pumice.cli.stages import stage_specs
 from pumice.core import shipped
 from pumice.core.errors import PumiceError
 from pumice.processing.images import ImageSpec
@@ -62,7 +62,7 @@ def test_each_stage_prepares_images_its_own_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shipped, "resolve_backbone", Path)
-    specs = run_module.stage_specs(load_recipe("llava15-7b"), tmp_path, tmp_path)
+    specs = stage_specs(load_recipe("llava15-7b"), tmp_path, tmp_path)
     assert [spec.image_mode for spec in specs] == ["crop", "pad"]
     aligned = Processor(tokenizer("llama"), ImageSpec("crop", 336), "plain", None, 576)
     aligned.save(tmp_path / "align")

@@ -70,7 +70,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _blank(recipe: Recipe) -> LMM:
     """The recipe's model without memory for its weights."""
-    from pumice.cli.run import stage_specs
+    from pumice.cli.stages import stage_specs
     from pumice.models.costs import blank_model
     from pumice.models.published_configs import config_folder
     from pumice.train.stages import model_config

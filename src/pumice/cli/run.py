@@ -12,17 +12,15 @@ import typer
 from pumice.cli.options import JsonOption, ResumeOption, example
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
+from pumice.cli.stages import first_stage_spec, stage_specs
 from pumice.cli.weights import weights_hash
 from pumice.cli.world import ensure_world
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pumice.eval.scores import Scores
     from pumice.models.feature_cache import FeatureCache
-    from pumice.recipe.schema import Lora, Recipe, Stage
-    from pumice.train.adapters import LoraTraining
+    from pumice.recipe.schema import Recipe
     from pumice.train.stages import StageResult, StageSpec
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
@@ -126,7 +124,7 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
             f"recipe {recipe.name!r} has no stage {stage!r}; it has: {', '.join(names)}. Leave "
             "--stage out to run all of them."
         )
-    check_model(_stage_spec(recipe, *recipe.stage_list()[0], data=Path(), init=None))
+    check_model(first_stage_spec(recipe, names[0]))
     for template in (recipe.model.template, *(s.template for _, s in recipe.stage_list())):
         if template not in (None, OWN):
             TEMPLATES[template]
@@ -134,14 +132,6 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
         from pumice.eval.choose import choose_benchmarks
 
         choose_benchmarks(recipe.eval.benchmarks)
-
-
-def connector_source(name: str) -> Path:
-    """The folder, or the file of weights, that a recipe's `connector_from` names."""
-    from pumice.core.shipped import resolve_backbone
-
-    file = Path(name).expanduser()
-    return file if file.is_file() else resolve_backbone(name)
 
 
 def check_same_recipe(recipe: Recipe, out: Path) -> bool:
@@ -186,94 +176,6 @@ def prepare_data(recipe: Recipe, out: Path) -> Path:
                         "exist. Set data=DIR to the directory the recipe's paths are relative to."
                     )
     return data
-
-
-def stage_specs(
-    recipe: Recipe, data: Path, out: Path, find: Callable[[str], Path] | None = None
-) -> list[StageSpec]:
-    """The recipe's stages as the training room takes them, each starting from the one before.
-
-    `find` gives the folder of a backbone by its name; left out, one with its weights.
-    """
-    specs: list[StageSpec] = []
-    for name, stage in recipe.stage_list():
-        init = out / specs[-1].name if specs else None
-        specs.append(_stage_spec(recipe, name, stage, data, init, find))
-    return specs
-
-
-def first_stage_spec(recipe: Recipe, stage: str) -> StageSpec:
-    """A stage as if no other came before it: what reads its data, without any checkpoint."""
-    return _stage_spec(recipe, stage, dict(recipe.stage_list())[stage], data=Path(), init=None)
-
-
-def _stage_spec(
-    recipe: Recipe,
-    name: str,
-    stage: Stage,
-    data: Path,
-    init: Path | None,
-    find: Callable[[str], Path] | None = None,
-) -> StageSpec:
-    from pumice.core.shipped import resolve_backbone
-    from pumice.data.packing import Packing
-    from pumice.train.stages import DataSpec, StageSpec
-
-    model, names, source = recipe.model, recipe.model.vision, recipe.model.connector_from
-    find = find or resolve_backbone
-    return StageSpec(
-        name=name,
-        vision=tuple(map(find, [names] if isinstance(names, str) else names)),
-        vision_layer=model.vision_layer,
-        vision_select=model.vision_select,
-        vision_norm=model.vision_norm,
-        connector=model.connector,
-        connector_options=dict(model.connector_options),
-        # What a stage before this one trained is not started anew.
-        connector_from=None if init or source is None else connector_source(source),
-        language=find(model.language),
-        init=init,
-        image_mode=stage.image or model.image,
-        tiling=dict(model.tiling),
-        template=stage.template or model.template,
-        system=model.system if stage.system is None else stage.system,
-        final_template=model.template,
-        final_system=model.system,
-        train={part: float(rate) for part, rate in stage.train.items()},
-        lora=None if stage.lora is None else _lora(stage.lora),
-        data=tuple(
-            DataSpec(
-                path=data / entry.path,
-                images=None if entry.images is None else data / entry.images,
-                weight=entry.weight,
-                cap=entry.cap,
-                kind=entry.kind,
-                question=entry.question,
-            )
-            for entry in stage.data
-        ),
-        steps=stage.steps,
-        epochs=stage.epochs,
-        batch_size=stage.batch_size,
-        warmup=stage.warmup,
-        schedule=stage.schedule,
-        weight_decay=stage.weight_decay,
-        clip=stage.clip,
-        max_tokens=stage.max_tokens,
-        group_by_length=stage.group_by_length,
-        group_by_modality=stage.group_by_modality,
-        packing=None if stage.packing is None else Packing(**stage.packing.model_dump()),
-        micro_batch_size=stage.micro_batch_size,
-        seed=recipe.seed,
-    )
-
-
-def _lora(chosen: Lora) -> LoraTraining:
-    from pumice.train.adapters import LoraTraining
-
-    settings = chosen.model_dump()
-    targets = settings.pop("targets")
-    return LoraTraining(targets=None if targets is None else tuple(targets), **settings)
 
 
 def _feature_cache(directory: Path | None, gigabytes: float | None) -> FeatureCache | None:
