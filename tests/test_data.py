@@ -246,7 +246,7 @@ def test_files_become_batches(tmp_path: Path, real_processor: Any) -> None:
     rows.append(row([("human", "Hi"), ("gpt", "A longer answer without a picture.")], id="text"))
     source = LlavaJson(write_lines(tmp_path / "train.jsonl", rows), tmp_path)
     loader = Loader(Mixture([Part(source)], 0), real_processor, batch_size=4, seed=0)
-    (batch,) = loader.iterate(0, 1)
+    ((batch,),) = loader.iterate(0, 1)
     again = loader.micro_batches_at(0)[0]
     assert sorted(batch.sample_ids) == ["alpha.png", "cmyk.jpg", "grey.png", "text"]
     assert batch.pixel_values.shape == (3, 3, 32, 32) and batch.num_supervised > 0
