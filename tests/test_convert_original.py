@@ -18,6 +18,7 @@ import tiny
 from pumice.convert.open import open_model, open_parts
 from pumice.convert.parity import LMMSpeaker, Measured, make_probes, measure
 from pumice.core.errors import PumiceError
+from pumice.infer.model import load
 from pumice.models.tiling import TilingSpec
 
 
@@ -154,6 +155,28 @@ def test_lora_is_merged_into_its_base(root: Any, tmp_path: Path, rslora: bool) -
     assert torch.equal(lmm.connector[2].weight, root.state["model.mm_projector.2.weight"])
     with pytest.raises(PumiceError, match="'nobody/vicuna-7b'"):
         open_model(tmp_path / "lora", vision=root.vision)
+
+
+def test_a_kept_lora_answers_as_the_merged_one(root: Any, tmp_path: Path) -> None:
+    lora_folder(root, tmp_path / "lora")
+    options = {"base": root.language, "vision": root.vision}
+    merged = load(tmp_path / "lora", **options)
+    kept = load(tmp_path / "lora", adapter="keep", **options)
+    state, base = (
+        kept.lmm.language.model.state_dict(),
+        load_file(root.language / "model.safetensors"),
+    )
+    assert torch.equal(state["model.layers.0.self_attn.q_proj.base_layer.weight"],
+                       base["model.layers.0.self_attn.q_proj.weight"])  # fmt: skip
+    question = "what is in a?"
+    wanted = merged.logits(question)
+    plain = load(root.whole, vision=root.vision).logits(question)
+    assert (wanted - plain).abs().max() > 0.1
+    assert (kept.logits(question) - wanted).abs().max() < 1e-4
+    text = [model.ask(question, max_new_tokens=8).text for model in (merged, kept)]
+    assert text[0] == text[1]
+    with pytest.raises(PumiceError, match="has no adapter to keep"):
+        load(root.whole, adapter="keep", vision=root.vision)
 
 
 def test_lora_on_a_whole_llava(root: Any, tmp_path: Path) -> None:

@@ -23,7 +23,16 @@ from pumice.infer.model import load
 from pumice.models import lora
 from pumice.models.checkpoint import load_lmm, save_checkpoint
 from pumice.models.language import LanguageModel
-from pumice.models.lora import LoraSpec, add_lora, merge_lora, read_adapter, save_adapter
+from pumice.models.live_adapter import keep_adapter
+from pumice.models.lora import (
+    Adapter,
+    LoraSpec,
+    add_lora,
+    merge_lora,
+    read_adapter,
+    save_adapter,
+)
+from pumice.models.quantize import Method, quantize_language
 from pumice.recipe.load import load_recipe
 from pumice.train import trainer
 from pumice.train.adapters import LoraTraining
@@ -129,6 +138,36 @@ def test_written_adapters_are_peft_s_and_are_read_back(
     assert all(torch.equal(tensors[name], own[name]) for name in own)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("method", [None, "int8", "int4"])
+def test_a_kept_adapter_is_peft_s_own_forward(
+    root: Path, tmp_path: Path, language: LanguageModel, method: Method | None
+) -> None:
+    if method is not None:
+        quantize_language(language, method)
+    adapted = learnt(language)(embeds())
+    save_adapter(tmp_path, language, SPEC, base="base", base_sample="x")
+    other = LanguageModel.from_folder(root / "language").eval()
+    if method is not None:
+        quantize_language(other, method)
+    plain = other(embeds())
+    keep_adapter(other, read_adapter(tmp_path), torch.float32)
+    assert (adapted - plain).abs().max() > 0.1
+    assert (other(embeds()) - adapted).abs().max() < 1e-5
+    assert lora.has_lora(other)
+
+
+def test_an_adapter_that_does_not_fit_is_not_kept(language: LanguageModel) -> None:
+    table = Adapter(1.0, {"model.embed_tokens.weight": (torch.ones(4, 32), torch.ones(99, 4))})
+    with pytest.raises(PumiceError, match="embed_tokens.weight, which is no linear layer"):
+        keep_adapter(language, table, torch.float32)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(PumiceError, match=r"as a \(7, 32\) weight"):
+        keep_adapter(language, Adapter(1.0, {name: (torch.ones(4, 32), torch.ones(7, 4))}),
+                     torch.float32)  # fmt: skip
+    assert not lora.has_lora(language)
+
+
 def test_merging_is_summed_in_float32_and_rounded_once() -> None:
     weight = torch.full((1, 1), 256.0, dtype=torch.bfloat16)
     a = torch.tensor([[1.0], [2.0**-9]], dtype=torch.bfloat16)
@@ -224,6 +263,8 @@ def test_an_adapter_checkpoint_is_the_merged_one_and_moves_with_its_run(
     assert torch.equal(quantized, load(merged, quantize="int8").logits(asked))
     again = dataclasses.replace(lora_tune(root), name="again", init=moved / "tune", steps=2)
     run_stage(again, moved)
+    kept_apart = load(moved / "tune", adapter="keep")
+    assert (kept_apart.logits(asked) - logits).abs().max() < 1e-4
     # Another base, and none.
     other = load_lmm(root / "runs" / "align")
     torch.nn.init.normal_(other.language.model.model.layers[0].self_attn.q_proj.weight)

@@ -67,7 +67,7 @@ def evaluate(
     if control is not None:
         CONTROLS[control]
     loaded = load(model, max_batch=batch_size, **asdict(loading))
-    weights = weights_hash(model, loading.quantize)
+    weights = weights_hash(model, loading.quantize, loading.adapter)
     all_scores = [
         run_benchmark(
             loaded.generate,

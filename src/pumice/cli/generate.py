@@ -72,7 +72,7 @@ def generate(
 
     _check_paths(requests, images, out)
     chosen = Sampling(**asdict(sampling))
-    weights = weights_hash(model, loading.quantize)
+    weights = weights_hash(model, loading.quantize, loading.adapter)
     lines = read_lines(requests, settings=[weights, repr(chosen), str(images)])
     with Answers(out, lines, resume=resume == "auto") as answers:
         if answers.kept:

@@ -37,6 +37,10 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option("--quantize", help="int8 or int4: hold the language model in so many bits."),
 ]
+AdapterOption = Annotated[
+    Literal["merge", "keep"],
+    typer.Option("--adapter", help="merge: add a LoRA to its base's weights; keep: beside them."),
+]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="How many requests are answered together.")
 ]
@@ -80,6 +84,7 @@ class LoadOptions:
     device: DeviceOption = None
     dtype: DtypeOption = None
     quantize: QuantizeOption = None
+    adapter: AdapterOption = "merge"
 
 
 SAMPLING, LOADING = SamplingOptions(), LoadOptions()

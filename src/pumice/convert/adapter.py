@@ -38,11 +38,13 @@ def load_checkpoint(
     return load_lmm(directory, dtype=dtype, device=device, quantize=quantize, tensors=tensors)
 
 
-def checkpoint_tensors(directory: Path, base: Path | None = None) -> Mapping[str, torch.Tensor]:
+def checkpoint_tensors(
+    directory: Path, base: Path | None = None, *, merge: bool = True
+) -> Mapping[str, torch.Tensor]:
     """Every tensor of a pumice checkpoint by its name there, read when asked for.
 
     With an adapter in the directory, the language model's come from its base (`base` when the place
-    the file names no longer holds), merged in float32.
+    the file names no longer holds), merged in float32 (as they are without `merge`).
     """
     own = TensorFiles.of_folder(directory)
     if not (directory / CONFIG).is_file():
@@ -51,10 +53,11 @@ def checkpoint_tensors(directory: Path, base: Path | None = None) -> Mapping[str
     found = language_tensors(base or _base_directory(directory, adapter.base))
     adapter.check_base(found)
     _check_sample(directory, weights_sample(found, adapter.pairs))
+    changed = MergedTensors(found, adapter) if merge else found
     tied = read_lmm_config(directory).language.get("tie_word_embeddings")
     # A Hugging Face folder may store a tied output head a second time.
     names = {_LANGUAGE + name: name for name in found if not (tied and name == _HEAD)}
-    return JoinedTensors(own, RenamedTensors(MergedTensors(found, adapter), names))
+    return JoinedTensors(own, RenamedTensors(changed, names))
 
 
 def language_tensors(directory: Path) -> Mapping[str, torch.Tensor]:

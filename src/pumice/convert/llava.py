@@ -1,7 +1,8 @@
 """Original LLaVA checkpoints (haotian-liu/LLaVA): whole, a connector alone, or a LoRA.
 
 Whole ones may lack the vision backbone, which is then read from the folder they name. A connector
-(`mm_projector.bin`) and a LoRA (`non_lora_trainables.bin`) need their base; LoRA is merged into it.
+(`mm_projector.bin`) and a LoRA (`non_lora_trainables.bin`) need their base; LoRA is merged into it
+or kept beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.files import read_json
 from pumice.models.config import LMMConfig
 from pumice.models.lora import CONFIG as ADAPTER_CONFIG
-from pumice.models.lora import MergedTensors, read_adapter
+from pumice.models.lora import Adapter, MergedTensors, read_adapter
 from pumice.models.pretrained import config_to_dict, read_config
 from pumice.models.tensor_files import NAMES, JoinedTensors, RenamedTensors, TensorFiles
 from pumice.models.tiling import TilingSpec
@@ -56,10 +57,13 @@ def read(facts: Facts, options: Options) -> Opened:
     whole = any(name in facts.files for name in NAMES)
     base = None if whole else _base(facts, options)
     own = _own_tensors(facts, whole)
+    adapter = None
+    if base is not None and ADAPTER_CONFIG in facts.files:
+        adapter = read_adapter(directory)
     tower = find_tower(facts, options.vision, [n for n in own if n.startswith("vision.model.")])
     parts: list[Mapping[str, torch.Tensor]] = [tower.tensors, own]
     if base is not None:
-        parts = [_base_language(facts, base), *parts]
+        parts = [_base_language(base, adapter, merge=not options.keep_adapter), *parts]
     lmm_config = _lmm_config(config, base, tower, directory)
     home = directory if _has_tokenizer(directory) else base or directory
     return arranged(
@@ -71,6 +75,7 @@ def read(facts: Facts, options: Options) -> Opened:
             JoinedTensors(*parts),
             tower=config.get("mm_vision_tower"),
             tokenizer_model=stored_tokenizer_model(home),
+            adapter=adapter if options.keep_adapter else None,
         )
     )
 
@@ -147,14 +152,18 @@ def _base(facts: Facts, options: Options) -> Path:
     return find_folder(directory, name, options.base, part="base language model", option="base")
 
 
-def _base_language(facts: Facts, base: Path) -> Mapping[str, torch.Tensor]:
-    """The base's language model under our names, with the adapter merged in if there is one."""
+def _base_language(
+    base: Path, adapter: Adapter | None, *, merge: bool
+) -> Mapping[str, torch.Tensor]:
+    """The base's language model under our names; an adapter must fit it, and may be merged in."""
     files = TensorFiles.of_folder(base)
     # The base of a LoRA may be a whole LLaVA, of which the decoder is wanted.
     names = {name: name for name in files if _of_decoder(name) and not is_computed(name)}
     language: Mapping[str, torch.Tensor] = RenamedTensors(files, names)
-    if ADAPTER_CONFIG in facts.files:
-        language = MergedTensors(language, read_adapter(facts.directory))
+    if adapter is not None:
+        adapter.check_base(language)
+        if merge:
+            language = MergedTensors(language, adapter)
     return RenamedTensors(language, LANGUAGE.read(language))
 
 

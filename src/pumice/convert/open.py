@@ -15,6 +15,7 @@ from pumice.convert.opened import Facts, Format, Opened, Options, arranged
 from pumice.convert.text_only import is_language_folder, open_language_folder
 from pumice.core.errors import PumiceError
 from pumice.models.checkpoint import build_lmm
+from pumice.models.live_adapter import keep_adapter as put_adapter_on
 from pumice.models.quantize import Method
 from pumice.models.tensor_files import RenamedTensors, TensorFiles
 
@@ -75,22 +76,25 @@ def open_parts(
     base: Path | str | None = None,
     vision: Path | str | None = None,
     template: str | None = None,
+    keep_adapter: bool = False,
 ) -> Opened:
     """What lies in a model directory; its tensors stay on disk until they are asked for.
 
     `base` is the language model of a connector or an adapter alone, `vision` the vision backbone's
-    folder where a checkpoint only names it, `template` the name of a conversation template. An
-    unknown directory is an error that lists what was found and what can be opened.
+    folder where a checkpoint only names it, `template` the name of a conversation template.
+    `keep_adapter` leaves an adapter beside its base; without it the base's tensors have it merged.
+    An unknown directory is an error that lists what was found and what can be opened.
     """
     facts = Facts.of(directory)
     options = Options(
         base=Path(base) if base is not None else None,
         vision=Path(vision) if vision is not None else None,
         template=template,
+        keep_adapter=keep_adapter,
     )
     for known in FORMATS:
         if known.detect(facts):
-            return known.read(facts, options)
+            return _with_adapter_if_asked(known.read(facts, options), options)
     raise _unknown(facts)
 
 
@@ -103,15 +107,18 @@ def open_model(
     base: Path | str | None = None,
     vision: Path | str | None = None,
     template: str | None = None,
+    keep_adapter: bool = False,
 ) -> tuple[LMM, Processor]:
     """The model of a directory in any format of `FORMATS`, or a language model's folder alone.
 
     In the type it is stored in, unless `dtype` is given. `quantize` holds the language model's
-    linear layers in 8 or 4 bits, each as it is read.
+    linear layers in 8 or 4 bits, each as it is read, but not an adapter that is kept.
     """
     if is_language_folder(directory):
         return open_language_folder(directory, dtype, device, quantize=quantize)
-    opened = open_parts(directory, base=base, vision=vision, template=template)
+    opened = open_parts(
+        directory, base=base, vision=vision, template=template, keep_adapter=keep_adapter
+    )
     return build(opened, dtype, device, quantize=quantize), opened.processor
 
 
@@ -123,7 +130,7 @@ def build(
     quantize: Method | None = None,
 ) -> LMM:
     """The model itself, in evaluation mode; where it can, it stays mapped from the files."""
-    return build_lmm(
+    lmm = build_lmm(
         opened.config,
         opened.tensors,
         opened.directory,
@@ -131,6 +138,18 @@ def build(
         device=device,
         quantize=quantize,
     )
+    if opened.adapter is not None:
+        put_adapter_on(lmm.language, opened.adapter, dtype or opened.dtype)
+    return lmm
+
+
+def _with_adapter_if_asked(opened: Opened, options: Options) -> Opened:
+    if options.keep_adapter and opened.adapter is None:
+        raise PumiceError(
+            f"{opened.directory} is {opened.format} and has no adapter to keep. Leave the wish to "
+            f"keep it out, or give the directory of the adapter."
+        )
+    return opened
 
 
 def _unknown(facts: Facts) -> PumiceError:

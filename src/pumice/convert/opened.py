@@ -14,6 +14,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.files import read_json
 from pumice.models.checkpoint import check_tensors, model_shapes
 from pumice.models.config import LMMConfig
+from pumice.models.lora import Adapter
 from pumice.models.pretrained import config_from_dict, without_init
 from pumice.models.tensor_files import RenamedTensors
 
@@ -33,6 +34,8 @@ class Options:
     """The vision backbone's Hugging Face folder."""
     template: str | None = None
     """The conversation template, where the directory does not name the right one."""
+    keep_adapter: bool = False
+    """Whether an adapter stays beside its base, in place of being merged as the base is read."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Opened:
     """What original LLaVA calls the vision backbone (`mm_vision_tower`)."""
     tokenizer_model: Path | None = None
     """The SentencePiece model of the tokenizer, which original LLaVA reads."""
+    adapter: Adapter | None = None
+    """What changes the language model, where it is kept and not merged into `tensors`."""
 
     @cached_property
     def dtype(self) -> torch.dtype:

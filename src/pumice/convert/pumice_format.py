@@ -12,6 +12,8 @@ from pumice.convert.opened import Facts, Opened, Options, arranged, stored_token
 from pumice.convert.shards import write_shards
 from pumice.core.files import write_json
 from pumice.models.checkpoint import FORMAT, VERSION, read_lmm_config
+from pumice.models.lora import CONFIG as ADAPTER_CONFIG
+from pumice.models.lora import read_adapter
 from pumice.processing.own_template import find_template
 from pumice.processing.processor import Processor
 
@@ -22,8 +24,11 @@ def detect(facts: Facts) -> bool:
 
 
 def read(facts: Facts, options: Options) -> Opened:
-    """The model of a pumice checkpoint; an adapter is merged into its base as it is read."""
+    """The model of a pumice checkpoint; an adapter is merged as its base is read, or kept."""
     directory = facts.directory
+    adapter = None
+    if options.keep_adapter and ADAPTER_CONFIG in facts.files:
+        adapter = read_adapter(directory)
     config = read_lmm_config(directory)
     processor = Processor.load(directory)
     if options.template is not None:
@@ -35,8 +40,9 @@ def read(facts: Facts, options: Options) -> Opened:
             directory,
             config,
             processor,
-            checkpoint_tensors(directory, options.base),
+            checkpoint_tensors(directory, options.base, merge=adapter is None),
             tokenizer_model=stored_tokenizer_model(directory),
+            adapter=adapter,
         )
     )
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pumice.convert.open import open_model
 from pumice.core.errors import PumiceError
-from pumice.core.registry import suggest
+from pumice.core.registry import check_choice, suggest
 from pumice.core.shipped import resolve_model
 from pumice.core.types import Message, Request, Result, Sampling, user
 from pumice.infer.engine import Engine
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pumice.processing.processor import Processor
 
     ImageLike = str | Path | bytes | PIL.Image.Image
+
+AdapterUse = Literal["merge", "keep"]
 
 
 class Model:
@@ -81,6 +83,7 @@ def load(
     base: str | Path | None = None,
     vision: str | Path | None = None,
     template: str | None = None,
+    adapter: AdapterUse = "merge",
 ) -> Model:
     """The model of a directory, whoever wrote it, or a shipped one by its name.
 
@@ -89,9 +92,11 @@ def load(
     one; without `dtype` bfloat16 there and float32 on CPU. `quantize` ("int8" or "int4") holds the
     language model's linear layers in so many bits. `base` is the language model that a connector or
     an adapter belongs to, `vision` the vision backbone that a checkpoint only names, `template` the
-    name of a conversation template where the directory does not say it.
+    name of a conversation template where the directory does not say it. An `adapter` (LoRA) is
+    merged into its base as it is read, or kept beside it ("keep").
     """
     method = None if quantize is None else check_method(quantize)
+    check_choice("adapter", adapter, get_args(AdapterUse))
     where, precision = placement(device, dtype)
     directory = resolve_model(name_or_dir)
     lmm, processor = open_model(
@@ -102,6 +107,7 @@ def load(
         base=base,
         vision=vision,
         template=template,
+        keep_adapter=adapter == "keep",
     )
     pack_for_cpu(lmm)
     return Model(lmm, processor, max_batch)
