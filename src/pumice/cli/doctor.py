@@ -28,6 +28,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "generate": (_MODEL, MODELS),
     "eval": (_MODEL, MODELS),
     "score": (("numpy", "pillow"), ()),
+    "data verify": ((*_MODEL, *_RECIPE), ()),
     "convert": (_MODEL, ()),
     "tiles": (("torch", "numpy", "pillow"), ()),
     "world make": (("numpy", "pillow"), ()),
