@@ -50,7 +50,7 @@ def run_benchmark(
     spread evenly. `control` asks the questions in a way that should destroy the score.
     """
     check_data_dir(data_dir)
-    items = take_evenly(benchmark.load(data_dir), limit)
+    items = take_evenly(benchmark.load(data_dir), limit, whole_groups=benchmark.whole_groups)
     benchmark.prepare(items)
     title = benchmark.name
     if control is not None:
@@ -106,16 +106,23 @@ def rescore(
     )
 
 
-def take_evenly(items: list[Item], limit: int | None) -> list[Item]:
+def take_evenly(items: list[Item], limit: int | None, *, whole_groups: bool = False) -> list[Item]:
     """At most `limit` items, spread over the whole list so that every category keeps its share.
 
     The list is cut into `limit` runs of equal length and one item is drawn from each, always the
-    same one. Every n-th item would not do: benchmarks alternate (POPE's yes and no).
+    same one. Every n-th item would not do: benchmarks alternate (POPE's yes and no). With
+    `whole_groups` the groups are drawn so, about as many as have `limit` items.
     """
     if limit is None or limit >= len(items):
         return items
     if limit < 1:
         raise DataError(f"the limit must be at least 1, given {limit}; leave it out for all items.")
+    if whole_groups:
+        groups = list(dict.fromkeys(item.group for item in items))
+        first = {item.group: item for item in reversed(items)}
+        heads = [first[group] for group in groups]
+        kept = {item.group for item in take_evenly(heads, limit * len(groups) // len(items) or 1)}
+        return [item for item in items if item.group in kept]
     rng = random.Random(f"{limit} of {len(items)}")
     bounds = [index * len(items) // limit for index in range(limit + 1)]
     return [items[rng.randrange(start, end)] for start, end in pairwise(bounds)]

@@ -11,6 +11,8 @@ from typing import Any
 
 from pumice.core.files import write_atomic
 from pumice.world import language
+from pumice.world.benchmarks_choice import write_mmbench, write_seed
+from pumice.world.benchmarks_short import write_gqa, write_mme, write_textvqa, write_vizwiz
 from pumice.world.datasets import eval_name
 from pumice.world.scenes import SHAPES, Scene, render
 
@@ -31,6 +33,12 @@ def write_benchmarks(out: Path, scenes: list[Scene], seed: int) -> None:
     write_scienceqa(out / "scienceqa", scenes, seed)
     write_refcoco(out / "refcoco", scenes, seed)
     write_detail(out / "detail", scenes)
+    write_gqa(out / "gqa", scenes, seed)
+    write_vizwiz(out / "vizwiz", scenes, seed)
+    write_textvqa(out / "textvqa", scenes, seed)
+    write_mme(out / "mme", scenes, seed)
+    write_mmbench(out / "mmbench", scenes, seed)
+    write_seed(out / "seed_bench", scenes, seed)
 
 
 def _lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -19,6 +19,8 @@ from pumice.processing.response_formats import SHORT, with_format
 
 FILES = ("{split}_balanced_questions.json", "{split}_all_questions.json")
 _NEEDED = ("question", "imageId", "answer", "isBalanced", "types", "groups")
+# Between a group's name and an answer, either of which may hold a slash.
+_BY = "\t"
 
 
 class GQA(Benchmark):
@@ -66,8 +68,8 @@ class GQA(Benchmark):
         group = item.extra["group"]
         if group is not None:
             sums[f"size/{group}"] = 1.0
-            sums[f"gold/{group}/{item.truth}"] = 1.0
-            sums[f"told/{group}/{row.prediction.parsed or ''}"] = 1.0
+            sums[f"gold/{group}{_BY}{item.truth}"] = 1.0
+            sums[f"told/{group}{_BY}{row.prediction.parsed or ''}"] = 1.0
         return sums
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:
@@ -101,7 +103,7 @@ def _distribution(sums: Sums) -> Floats:
     total = size = 0.0 * sums["n"]
     for key in sums.under("gold"):
         true, told = sums[f"gold/{key}"], sums[f"told/{key}"]
-        weight = sums[f"size/{key.partition('/')[0]}"]
+        weight = sums[f"size/{key.partition(_BY)[0]}"]
         total = total + np.nan_to_num(ratio((told - true) ** 2, true)) * weight
         size = size + true
     return ratio(total, size) / 100

@@ -44,6 +44,7 @@ class MME(Benchmark):
     name = "mme"
     title = "MME"
     headline = "perception"
+    whole_groups = True
 
     def load(self, data_dir: Path) -> list[Item]:
         """Two items per image, in the order of its file; `truth` is "yes" or "no"."""

@@ -85,6 +85,11 @@ class VizWiz(Benchmark):
         """The most frequent answer."""
         return Counter(item.truth).most_common(1)[0][0] if item.truth else ""
 
+    def base_answers(self, items: Sequence[Item]) -> dict[str, str]:
+        """The same answer to all: the type of an answer is no part of its question."""
+        usual = Counter(self.truth_text(item) for item in items).most_common(1)[0][0]
+        return dict.fromkeys((item.id for item in items), usual)
+
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
         return {
