@@ -334,9 +334,9 @@ def test_ranks_threads_and_restarts_share_the_rows_of_shards(
             workers=workers,
         )
 
-    whole = [batch.sample_ids for batch in loader().iterate(0, 6)]
+    whole = [batch.sample_ids for (batch,) in loader().iterate(0, 6)]
     assert sorted(sum(whole[:3], [])) == sorted(f"row{k}" for k in range(COUNT))
-    halves = [[b.sample_ids for b in loader(rank, 2, 3).iterate(0, 6)] for rank in (0, 1)]
+    halves = [[b.sample_ids for (b,) in loader(rank, 2, 3).iterate(0, 6)] for rank in (0, 1)]
     for step in range(6):
         assert sorted(halves[0][step] + halves[1][step]) == sorted(whole[step])
-    assert [b.sample_ids for b in loader(workers=2).iterate(4, 2)] == whole[4:]
+    assert [b.sample_ids for (b,) in loader(workers=2).iterate(4, 2)] == whole[4:]
