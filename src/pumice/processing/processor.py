@@ -288,7 +288,7 @@ class Processor:
         )
         images = [segment.image for segment in segments if segment.image is not None]
         sizes = self._sizes(images, where)
-        counts = [self._count(self.plan(size)) for size in sizes]
+        counts = [self.image_positions(self.plan(size)) for size in sizes]
         counts = counts or [self.image_tokens] * len(images)
         ids, labels = self._assemble(segments, counts, where)
         if max_tokens is not None and len(ids) > max_tokens:
@@ -310,7 +310,7 @@ class Processor:
             instructions=self._instructions(messages, where),
         )
 
-    def _count(self, plan: ImagePlan | None) -> int:
+    def image_positions(self, plan: ImagePlan | None) -> int:
         """The positions of one image in the text."""
         return self.image_tokens if plan is None or self.image_mark else plan.tokens.total
 
