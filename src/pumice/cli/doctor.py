@@ -29,6 +29,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eval": (_MODEL, MODELS),
     "score": (("numpy", "pillow"), ()),
     "data verify": ((*_MODEL, *_RECIPE), ()),
+    "data show": ((*_MODEL, *_RECIPE), MODELS),
     "convert": (_MODEL, ()),
     "tiles": (("torch", "numpy", "pillow"), ()),
     "world make": (("numpy", "pillow"), ()),
