@@ -1,4 +1,4 @@
-"""The world's training files: pictures, COCO JSON, LLaVA pretrain and instruct JSON.
+"""The world's training files: pictures, COCO JSON, LLaVA JSON (pretrain, instruct, multi_image).
 
 `make_world` writes everything under one directory; the benchmark files come from
 `world.benchmarks`. Evaluation scenes are disjoint from training scenes by their seeds.
@@ -15,6 +15,7 @@ from typing import Any
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_atomic
 from pumice.world import language
+from pumice.world.multi_image import multi_image_rows
 from pumice.world.scenes import SHAPES, Scene, random_scene, render, widened
 
 SHORT = "Answer the question using a single word or phrase."
@@ -82,6 +83,8 @@ def make_world(
     _write_pictures(held_out, out / "val2014", eval_name, progress, done, total)
     _write_json(out / "llava" / "pretrain.json", pretrain_rows(train, seed))
     _write_json(out / "llava" / "instruct.json", instruct_rows(train, seed))
+    several = multi_image_rows(train, train_name, out / "images", seed)
+    _write_json(out / "llava" / "multi_image.json", several)
     write_coco(out / "coco" / "annotations", "train2014", train, train_name, seed)
     write_coco(out / "coco" / "annotations", "val2014", held_out, eval_name, seed)
     write_benchmarks(out, held_out, seed)
