@@ -1,4 +1,4 @@
-"""Requests of many lengths, and a recorder of what a decoder saw."""
+"""Requests of many lengths and seeds, and a recorder of what a decoder saw."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def mixed(pictures: Path, n: int = 24) -> list[Request]:
     for i, text in enumerate(["what is", "the red cat in a blue circle " * 3, "Answer?"]):
         for images in ([], [pictures / "0.png"], [pictures / "1.png", pictures / "2.png"]):
             new = max(n - 2 * len(out), 3)
-            out.append(Request((user(text, *images),), Sampling(max_new_tokens=new), id=f"{i}"))
+            settings = Sampling(max_new_tokens=new, seed=len(out))
+            out.append(Request((user(text, *images),), settings, id=f"{i}"))
     return out
 
 
 class Recorder:
-    """Stands in for `choose` and keeps what every row saw, by its settings' object."""
+    """Stands in for `choose` and keeps what every row saw."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: dict[int, list[torch.Tensor]] = {}
@@ -43,7 +44,9 @@ class Recorder:
         return tokens
 
     def take(self) -> list[tuple[list[int], torch.Tensor]]:
-        """(tokens, float[n, V]) of each row in the order the rows came, and forgets them."""
-        out = [(self.tokens[k], torch.stack(self.logits[k])) for k in self.tokens]
+        """(tokens, float[n, V]) of each row by its seed, then as they came; and forgets them."""
+        seeds = {id(sampler): sampler.seed for sampler in self.known}
+        order = sorted(self.tokens, key=lambda row: seeds[row])
+        out = [(self.tokens[k], torch.stack(self.logits[k])) for k in order]
         self.logits, self.tokens, self.batches, self.known = {}, {}, [], []
         return out

@@ -111,7 +111,7 @@ def test_media_of_two_rows() -> None:
     assert torch.equal(media.states[0], torch.cat(LATENTS[0]))
     assert torch.equal(media.states[1, :3], LATENTS[1][0]) and not media.states[1, 3:].any()
     assert media.after().seen.tolist() == [[1], [0]]
-    assert media.select(torch.tensor([1])).owner.tolist() == [[0] * 3 + [-1] * 5]
+    assert media.window(2, 5).seen.tolist() == [[0, 0, 1], [-1, 0, 0]]
 
 
 def test_a_packed_document_does_not_see_the_image_of_the_one_before() -> None:
@@ -198,17 +198,25 @@ def test_batched_is_single_and_cached_is_uncached(family: str) -> None:
             torch.testing.assert_close(found, alone[0, -new - 1 :], atol=1e-5, rtol=1e-5)
 
 
-def test_rows_may_leave_while_decoding() -> None:
+def test_rows_stand_side_by_side_while_decoding() -> None:
     model = language()
     layers = gated(model)
-    media = media_for(TWO_ROWS, LATENTS)
-    assert media is not None
-    token = ids_of([5], [6])
+    rows = [ids_of([4, -1, 5, 6, -1, 7]), ids_of([5, 4, 6]), ids_of([5, 4, -1, 6])]
+    latents: list[list[torch.Tensor]] = [LATENTS[0], [], LATENTS[1]]
+    tokens = ids_of([5], [6], [7])
+    medias = []
     with torch.inference_mode():
-        both = run(model, layers, token, media.after())
-        left = media.after().select(torch.tensor([1]))
-        assert set(left.projected) == {0, 1}
-        torch.testing.assert_close(run(model, layers, token[1:], left), both[1:])
+        alone = []
+        for number, ids in enumerate(rows):
+            media = media_for(ids, [latents[number]])
+            run(model, layers, ids, media)  # fills the projected keys and values
+            medias.append(media and media.after())
+            alone.append(run(model, layers, tokens[number : number + 1], medias[-1]))
+        together = Media.side_by_side(medias)
+        assert together is not None and set(together.projected) == {0, 1}
+        assert together.seen.tolist() == [[1], [-1], [0]]
+        torch.testing.assert_close(run(model, layers, tokens, together), torch.cat(alone))
+    assert Media.side_by_side([None, None]) is None
 
 
 @each_family

@@ -36,10 +36,9 @@ def test_batched_equals_single(
     batched = recorder.take()
     assert together == alone
     assert len(sizes) > 3  # rows did leave one by one
-    order = sorted(range(len(requests)), key=lambda i: alone[i].prompt_tokens)
-    for i, (tokens, logits) in zip(order, batched, strict=True):
-        assert tokens == single[i][0] and len(tokens) == alone[i].new_tokens
-        torch.testing.assert_close(logits, single[i][1], atol=1e-5, rtol=0)
+    for result, one, (tokens, logits) in zip(alone, single, batched, strict=True):
+        assert tokens == one[0] and len(tokens) == result.new_tokens
+        torch.testing.assert_close(logits, one[1], atol=1e-5, rtol=0)
 
 
 def test_cached_equals_uncached(
@@ -88,10 +87,10 @@ def test_other_families_cached_equals_uncached(
     lmm.language = LanguageModel.from_config(config, attention=attention).eval()
     recorder = Recorder(monkeypatch)
     requests = [r for r in mixed(pictures, 12) if not r.messages[0].images]
-    requests[1] = Request(requests[1].messages, Sampling(max_new_tokens=11))
+    requests[1] = Request(requests[1].messages, Sampling(max_new_tokens=11, seed=1))
+    requests.sort(key=lambda request: request.sampling.seed)
     Engine(lmm, processor).generate(requests)
-    order = sorted(requests, key=lambda r: len(processor.encode_prompt(r.messages).input_ids))
-    for request, (tokens, logits) in zip(order, recorder.take(), strict=True):
+    for request, (tokens, logits) in zip(requests, recorder.take(), strict=True):
         ids = processor.encode_prompt(request.messages).input_ids + tokens[:-1]
         with torch.no_grad():
             whole = lmm(torch.tensor([ids]))[0, -len(tokens) :]
@@ -123,7 +122,7 @@ def test_neighbours_do_not_matter_when_sampling(pictures: Path, engine: Engine) 
 
 
 def test_an_image_is_encoded_once(
-    pictures: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    pictures: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[int] = []
     encode = LMM.encode_images
@@ -131,19 +130,34 @@ def test_an_image_is_encoded_once(
         LMM, "encode_images", lambda lmm, x, *more: (seen.append(len(x)), encode(lmm, x, *more))[1]
     )
     data = (pictures / "1.png").read_bytes()
-    opened = tiny.noise(5)
+    moving = tmp_path / "moving.png"
+    moving.write_bytes(data)
     images: list[Any] = [
         pictures / "0.png",
         pictures / "0.png",
         data,
         bytes(bytearray(data)),
-        opened,
-        opened,
+        moving,
+        tiny.noise(5),
+        tiny.noise(5),
     ]
     engine.max_batch = 2
     short = Sampling(max_new_tokens=1)
-    engine.generate([Request((user("what", image),), short) for image in images])
+
+    def ask() -> list[Result]:
+        return engine.generate([Request((user("what", image),), short) for image in images])
+
+    first = ask()
     assert sum(seen) == 3
+    assert ask() == first and sum(seen) == 3
+    tiny.noise(6).save(moving)  # another picture under the name of a known one
+    assert (
+        ask()[4]
+        == Engine(engine.lmm, engine.processor).generate(
+            [Request((user("what", tiny.noise(6)),), short)]
+        )[0]
+    )
+    assert sum(seen) == 5
 
 
 def test_training_mode_is_restored(engine: Engine) -> None:

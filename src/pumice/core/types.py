@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen and when to stop. Temperature 0 is greedy."""
+    """How the next token is chosen and when to stop. Temperature 0 is greedy.
+
+    `top_logprobs` asks for log probabilities: of the chosen tokens (0), and of so many of the
+    likeliest beside each (1 and more); None for none.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -91,6 +95,18 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token with its natural log probability under the model, before any sampling."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+    """Id, text and log probability of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,8 @@ class Result:
 
     `prompt_tokens` counts every position of the prompt, `image_tokens` the ones among them that
     hold image features; `new_tokens` counts generated tokens including the end token.
+    `cached_tokens` are the positions of the prompt that were known from earlier requests; they
+    change the time of an answer and nothing else. `logprobs` has one entry a token of the text.
     """
 
     id: str = ""
@@ -116,6 +134,8 @@ class Result:
     prompt_tokens: int = 0
     image_tokens: int = 0
     new_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
+    logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
 
 

@@ -1,13 +1,15 @@
 """The engine behind every answer: requests are batched, cached, and end as results.
 
-A request that cannot be answered ends as a result with an error; the others go on.
+A request that cannot be answered ends as a result with an error; the others go on. What is known
+of images and of beginnings of prompts is kept from request to request. `Engine` answers lists of
+requests and single ones; `online.Online` answers many threads with the same scheduler.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,41 +17,54 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
-from pumice.infer.decoding import Decoding, Row
-from pumice.infer.features import ImageFeatures, Shown
+from pumice.infer.decoder import AnyDecoder, Decoder
+from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown
+from pumice.infer.prefixes import PrefixStore
+from pumice.infer.rows import Row, Span, name_of
 from pumice.infer.sampling import Sampler, check_sampling
+from pumice.infer.scheduler import Limits, Memory, Scheduler, Totals
 from pumice.models.constants import IMAGE_ID
 from pumice.models.lmm import LMM
 
 if TYPE_CHECKING:
-    from pumice.processing.processor import Processor
+    from pumice.processing.processor import Encoded, Processor
 
-# Requests are sorted by length within windows of so many batches, for neighbours of like length.
+# Requests are sorted within windows of so many batches, for neighbours of like length.
 _WINDOW = 16
-
-
-@dataclass(slots=True)
-class _Prepared:
-    index: int
-    request: Request
-    ids: list[int]
-    images: list[Shown]
-
-    @property
-    def where(self) -> str:
-        return _where(self.request)
+_FEATURE_BYTES = 512 * 1024**2
+_PREFIX_BYTES = 1024**3
 
 
 class Engine:
-    """Answers requests with one model; at most `max_batch` rows run at once."""
+    """Answers requests with one model; at most `max_batch` rows run at once.
 
-    def __init__(self, lmm: LMM, processor: Processor, max_batch: int = 16) -> None:
+    `prefix_bytes` and `feature_bytes` bound what is kept of prompts and of images for later
+    requests; with 0 nothing is kept once its requests are done. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        lmm: LMM,
+        processor: Processor,
+        max_batch: int = 16,
+        *,
+        prefix_bytes: int = _PREFIX_BYTES,
+        feature_bytes: int = _FEATURE_BYTES,
+    ) -> None:
         if max_batch < 1:
             raise PumiceError(f"max_batch is {max_batch}; a whole number from 1 is needed.")
         _check_pair(lmm, processor)
         self.lmm = lmm
         self.processor = processor
         self.max_batch = max_batch
+        self.memory = Memory(
+            ImageFeatures(lmm, processor, max_batch, feature_bytes),
+            PrefixStore(prefix_bytes),
+            Totals(),
+            threading.RLock(),
+        )
+        self._hashes = ContentHashes()
+        self._weights: tuple[tuple[int, int], ...] = ()
 
     def generate(
         self,
@@ -58,20 +73,28 @@ class Engine:
     ) -> list[Result]:
         """One result per request, in their order; `on_result` hears each as soon as it is there."""
         results: dict[int, Result] = {}
+        places: dict[Row, int] = {}
 
         def report(index: int, result: Result) -> None:
             results[index] = result
             if on_result is not None:
                 on_result(result)
 
-        features = ImageFeatures(self.lmm, self.processor, self.max_batch)
         size = _WINDOW * self.max_batch
-        with _evaluating(self.lmm):
-            for start in range(0, len(requests), size):
-                window = range(start, min(start + size, len(requests)))
-                ready = self._prepare_all(requests, window, report)
-                for first in range(0, len(ready), self.max_batch):
-                    self._answer(ready[first : first + self.max_batch], features, report)
+        starts = iter(range(0, len(requests), size))
+        start: int | None = next(starts, None)
+        with evaluating(self.lmm):
+            scheduler = self.scheduler(Limits(self.max_batch))
+            while start is not None or not scheduler.idle:
+                # Before the last rows of a window run alone, the next one joins them.
+                if start is not None and len(scheduler.waiting) < self.max_batch:
+                    window = range(start, min(start + size, len(requests)))
+                    for index, row in self._rows(requests, window, report):
+                        places[row] = index
+                        scheduler.add(row)
+                    start = next(starts, None)
+                for row in scheduler.step():
+                    report(places.pop(row), row.result(self.processor.decode))
         return [results[index] for index in range(len(requests))]
 
     def stream(self, request: Request) -> Generator[str, None, Result]:
@@ -79,100 +102,126 @@ class Engine:
 
         The pieces together are the text of the result that the generator returns.
         """
-        prepared = self._prepare(0, request)
+        row = self.row(request)
         told = ""
-        with _evaluating(self.lmm):
-            row = self._row(prepared, self._encode_one(prepared))
-            for _ in Decoding(self.lmm, [row]).run():
+        with evaluating(self.lmm):
+            scheduler = self.scheduler(Limits(1))
+            scheduler.add(row)
+            while not scheduler.idle:
+                scheduler.step()
                 settled = row.answer.settled
                 if len(settled) > len(told):
                     yield settled[len(told) :]
                     told = settled
-        return _result(prepared.request, row)
+        result = row.result(self.processor.decode)
+        if result.error is not None:
+            raise PumiceError(result.error)
+        return result
 
     @torch.inference_mode()
     def logits(self, messages: Sequence[Message]) -> torch.Tensor:
         """Messages -> float[T, V] over the whole prompt, image tokens expanded."""
-        prepared = self._prepare(0, Request(tuple(messages)))
-        with _evaluating(self.lmm):
-            features = self._encode_one(prepared).of(prepared.images)
-            ids = torch.tensor([prepared.ids], device=self.lmm.device)
+        row = self.row(Request(tuple(messages)))
+        with evaluating(self.lmm), self.memory.lock:
+            self._check_weights()
+            [error] = self.memory.features.encode([(row.where, row.images)])
+            if error is not None:
+                raise PumiceError(error)
+            features = [self.memory.features.get(shown) for shown in row.images]
+            ids = torch.tensor([row.prompt], device=self.lmm.device)
             logits: torch.Tensor = self.lmm(ids, features=features)
         return logits[0]
 
-    def _prepare_all(
-        self, requests: Sequence[Request], window: range, report: Callable[[int, Result], None]
-    ) -> list[_Prepared]:
-        ready: list[_Prepared] = []
-        for index in window:
-            try:
-                ready.append(self._prepare(index, requests[index]))
-            except PumiceError as error:
-                report(index, Result(id=requests[index].id, error=str(error)))
-        return sorted(ready, key=lambda prepared: len(prepared.ids))
+    def scheduler(self, limits: Limits) -> Scheduler:
+        """A new scheduler that shares what this engine keeps of earlier requests."""
+        with self.memory.lock:
+            self._check_weights()
+            return Scheduler(self.lmm, self._decoder(), self.memory, limits)
 
-    def _answer(
-        self,
-        chunk: Sequence[_Prepared],
-        features: ImageFeatures,
-        report: Callable[[int, Result], None],
-    ) -> None:
-        errors = features.encode([(prepared.where, prepared.images) for prepared in chunk])
-        rows = []
-        requests: dict[int, Request] = {}
-        for prepared, error in zip(chunk, errors, strict=True):
-            if error is not None:
-                report(prepared.index, Result(id=prepared.request.id, error=error))
-                continue
-            requests[prepared.index] = prepared.request
-            rows.append(self._row(prepared, features))
-        for finished in Decoding(self.lmm, rows).run():
-            for row in finished:
-                report(row.index, _result(requests[row.index], row))
-
-    def _encode_one(self, prepared: _Prepared) -> ImageFeatures:
-        features = ImageFeatures(self.lmm, self.processor, self.max_batch)
-        [error] = features.encode([(prepared.where, prepared.images)])
-        if error is not None:
-            raise PumiceError(error)
-        return features
-
-    def _prepare(self, index: int, request: Request) -> _Prepared:
+    def row(self, request: Request) -> Row:
+        """A request checked and tokenised, its images unopened; raises PumiceError otherwise."""
         check_sampling(request.sampling)
         encoded = self.processor.encode_prompt(
-            request.messages, where=_where(request), pixels=False
+            request.messages, where=name_of(request), pixels=False
         )
-        positions = len(encoded.input_ids)
+        prompt = encoded.input_ids
         limit = self.lmm.language.max_positions
-        if positions >= limit:
+        if len(prompt) >= limit:
             raise PumiceError(
-                f"{_where(request)} has {positions} positions "
-                f"({encoded.input_ids.count(IMAGE_ID)} of them for {encoded.num_images} images), "
-                f"and the language model reads at most {limit}, the answer among them. Shorten the "
-                f"text, or give fewer images."
+                f"{name_of(request)} has {len(prompt)} positions ({prompt.count(IMAGE_ID)} of "
+                f"them for {encoded.num_images} images), and the language model reads at most "
+                f"{limit}, the answer among them. Shorten the text, or give fewer images."
             )
-        images = [image for message in request.messages for image in message.images]
-        asked = encoded.instructions or [[]] * len(images)
-        shown = [Shown(image, tuple(ids)) for image, ids in zip(images, asked, strict=True)]
-        return _Prepared(index, request, encoded.input_ids, shown)
-
-    def _row(self, prepared: _Prepared, features: ImageFeatures) -> Row:
-        sampling = prepared.request.sampling
+        sampling = request.sampling
+        new_tokens = min(sampling.max_new_tokens, limit - len(prompt))
         answer = Answer(
             self.processor.decode,
             end_tokens=self.processor.end_token_ids,
             stop=(*self.processor.stop_strings, *sampling.stop),
-            max_tokens=min(
-                sampling.max_new_tokens, self.lmm.language.max_positions - len(prepared.ids)
-            ),
+            max_tokens=new_tokens,
         )
         return Row(
-            index=prepared.index,
-            prompt=prepared.ids,
-            features=features.of(prepared.images),
+            request=request,
+            prompt=prompt,
+            spans=self._spans(request, encoded),
             sampler=Sampler(sampling),
             answer=answer,
+            max_positions=len(prompt) + new_tokens,
         )
+
+    def open_images(self, row: Row) -> dict[Key, Opened]:
+        """The images of a row whose features are not there yet, decoded and prepared.
+
+        Raises DataError for what is no image.
+        """
+        missing = [shown for shown in row.images if self.memory.features.get(shown) is None]
+        return {shown.key: self.memory.features.open(shown, row.where) for shown in missing}
+
+    def _spans(self, request: Request, encoded: Encoded) -> list[Span]:
+        images = [image for message in request.messages for image in message.images]
+        asked = encoded.instructions or [[]] * len(images)
+        plans = [self.processor.plan(size) for size in encoded.image_sizes] or [None] * len(images)
+        spans = []
+        at = 0
+        for image, ids, plan in zip(images, asked, plans, strict=True):
+            first = encoded.input_ids.index(IMAGE_ID, at)
+            at = first + self.processor.image_positions(plan)
+            spans.append(Span(first, at, Shown(image, self._hashes.of(image), tuple(ids))))
+        return spans
+
+    def _rows(
+        self, requests: Sequence[Request], window: range, report: Callable[[int, Result], None]
+    ) -> list[tuple[int, Row]]:
+        """The rows of these requests; those about the same images stand together."""
+        rows: list[tuple[int, Row]] = []
+        for index in window:
+            try:
+                rows.append((index, self.row(requests[index])))
+            except PumiceError as error:
+                report(index, Result(id=requests[index].id, error=str(error)))
+        shortest: dict[tuple[object, ...], int] = {}
+        for _, row in rows:
+            shown = tuple(image.key for image in row.images)
+            length = len(row.prompt)
+            shortest[shown] = min(shortest.get(shown, length), length)
+
+        def order(entry: tuple[int, Row]) -> tuple[object, ...]:
+            row = entry[1]
+            shown = tuple(image.key for image in row.images)
+            return shortest[shown] if shown else len(row.prompt), shown, len(row.prompt)
+
+        return sorted(rows, key=order)
+
+    def _decoder(self) -> Decoder:
+        return AnyDecoder(self.lmm)
+
+    def _check_weights(self) -> None:
+        """Forgets what other weights have computed, such as those of an earlier training step."""
+        weights = tuple((p.data_ptr(), p._version) for p in self.lmm.parameters())
+        if weights != self._weights:
+            self.memory.features.clear()
+            self.memory.prefixes.clear()
+            self._weights = weights
 
 
 def _check_pair(lmm: LMM, processor: Processor) -> None:
@@ -191,8 +240,8 @@ def _check_pair(lmm: LMM, processor: Processor) -> None:
 
 
 @contextmanager
-def _evaluating(lmm: LMM) -> Iterator[None]:
-    # Training code generates too, with a model that must be in training mode again afterwards.
+def evaluating(lmm: LMM) -> Iterator[None]:
+    """While it lasts, the model is in evaluation mode; training code generates too."""
     if not lmm.training:
         yield
         return
@@ -203,18 +252,3 @@ def _evaluating(lmm: LMM) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _where(request: Request) -> str:
-    return f"request {request.id!r}" if request.id else "the prompt"
-
-
-def _result(request: Request, row: Row) -> Result:
-    return Result(
-        id=request.id,
-        text=row.answer.text,
-        finish_reason=row.answer.finish_reason,
-        prompt_tokens=len(row.prompt),
-        image_tokens=row.prompt.count(IMAGE_ID),
-        new_tokens=row.answer.new_tokens,
-    )

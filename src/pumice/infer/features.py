@@ -1,4 +1,4 @@
-"""Image features of one call: an image that several requests show is encoded once.
+"""Image features by what the image holds: an image that several requests show is encoded once.
 
 A connector that reads the question gives other features for another question, so there the
 question belongs to what is remembered. Shapes: Qi features of an image, D model width.
@@ -7,15 +7,19 @@ question belongs to what is remembered. Shapes: Qi features of an image, D model
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL.ExifTags
+import PIL.Image
 import torch
 
 from pumice.core.errors import PumiceError
+from pumice.core.images import MAX_PIXELS
 from pumice.core.types import ImagePart
 from pumice.models.connectors import Instruction
 from pumice.models.fusion import Features
@@ -25,8 +29,7 @@ from pumice.processing.collate import pad_instructions
 if TYPE_CHECKING:
     from pumice.processing.processor import Processor
 
-# What may be kept of images that later requests of the same call may show again.
-_KEPT_BYTES = 512 * 1024**2
+Key = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +37,22 @@ class Shown:
     """An image in a request, and the ids of what is asked of it (for connectors that read it)."""
 
     image: ImagePart
+    content: str
+    """The hash of what the image holds."""
     instruction: tuple[int, ...] = ()
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...]]:
+    def key(self) -> Key:
         """Equal for what has equal features."""
-        return _key(self.image), self.instruction
+        return self.content, self.instruction
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class Opened:
+    """An image that is decoded and prepared."""
+
     views: torch.Tensor
+    """float[V, 3, S, S]"""
     size: tuple[int, int]
     instruction: tuple[int, ...]
 
@@ -52,58 +60,66 @@ class _Opened:
 class ImageFeatures:
     """Opens, prepares and encodes images in batches, and remembers them."""
 
-    def __init__(self, lmm: LMM, processor: Processor, batch: int) -> None:
+    def __init__(self, lmm: LMM, processor: Processor, batch: int, max_bytes: int) -> None:
         self._lmm = lmm
         self._processor = processor
         self._batch = batch
-        self._known: OrderedDict[tuple[str, tuple[int, ...]], torch.Tensor] = OrderedDict()
-        self._bytes = 0
+        self._max_bytes = max_bytes
+        self.encoded = 0
+        """Images that went through the vision backbone."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._known: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self.bytes = 0
+
+    def open(self, shown: Shown, where: str) -> Opened:
+        """The image decoded and prepared; raises DataError for what is no image."""
+        views, size = self._processor.load_image(shown.image, where)
+        return Opened(views, size, shown.instruction)
 
     @torch.inference_mode()
-    def encode(self, groups: Sequence[tuple[str, Sequence[Shown]]]) -> list[str | None]:
-        """Groups of (where, images) -> what went wrong with each group; afterwards `of` has them.
+    def encode(
+        self,
+        groups: Sequence[tuple[str, Sequence[Shown]]],
+        opened: Mapping[Key, Opened] | None = None,
+    ) -> list[str | None]:
+        """Groups of (where, images) -> what went wrong with each group; afterwards `get` has them.
 
-        Every `groups` of one call stays; what earlier calls left goes first when memory is short.
+        Every image of one call stays; what earlier calls left goes first when memory is short.
+        `opened` holds images that are decoded already.
         """
         self._forget()
-        wanted: dict[tuple[str, tuple[int, ...]], _Opened] = {}
+        opened = opened or {}
+        wanted: dict[Key, Opened] = {}
         errors: list[str | None] = []
         for where, images in groups:
             try:
                 for shown in images:
-                    self._want(shown, where, wanted)
+                    if shown.key in self._known:
+                        self._known.move_to_end(shown.key)
+                    elif shown.key not in wanted:
+                        wanted[shown.key] = opened.get(shown.key) or self.open(shown, where)
             except PumiceError as error:
                 errors.append(str(error))
             else:
                 errors.append(None)
         for keys in self._batches(wanted):
             encoded = self._encode([wanted[key] for key in keys])
+            self.encoded += len(keys)
             for key, features in zip(keys, encoded, strict=True):
                 self._known[key] = features
-                self._bytes += features.numel() * features.element_size()
+                self.bytes += features.numel() * features.element_size()
         return errors
 
-    def of(self, images: Sequence[Shown]) -> list[torch.Tensor]:
-        """Images already encoded -> float[Qi, D] of each."""
-        return [self._known[shown.key] for shown in images]
+    def get(self, shown: Shown) -> torch.Tensor | None:
+        """float[Qi, D] of an image; None when it is not remembered."""
+        return self._known.get(shown.key)
 
-    def _want(
-        self,
-        shown: Shown,
-        where: str,
-        wanted: dict[tuple[str, tuple[int, ...]], _Opened],
-    ) -> None:
-        if shown.key in self._known:
-            self._known.move_to_end(shown.key)
-        elif shown.key not in wanted:
-            views, size = self._processor.load_image(shown.image, where)
-            wanted[shown.key] = _Opened(views, size, shown.instruction)
-
-    def _batches(
-        self, wanted: dict[tuple[str, tuple[int, ...]], _Opened]
-    ) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    def _batches(self, wanted: dict[Key, Opened]) -> Iterator[list[Key]]:
         """Keys in groups of about as many views as a batch has rows; an image stays whole."""
-        group: list[tuple[str, tuple[int, ...]]] = []
+        group: list[Key] = []
         views = 0
         for key, opened in wanted.items():
             if group and views + len(opened.views) > self._batch:
@@ -114,7 +130,7 @@ class ImageFeatures:
         if group:
             yield group
 
-    def _encode(self, images: Sequence[_Opened]) -> Features:
+    def _encode(self, images: Sequence[Opened]) -> Features:
         pixels = torch.cat([image.views for image in images]).to(self._lmm.device)
         instruction = None
         if self._processor.instruction is not None:
@@ -123,16 +139,48 @@ class ImageFeatures:
         return self._lmm.encode_images(pixels, [image.size for image in images], instruction)
 
     def _forget(self) -> None:
-        while self._bytes > _KEPT_BYTES:
+        while self.bytes > self._max_bytes:
             _, encoded = self._known.popitem(last=False)
-            self._bytes -= encoded.numel() * encoded.element_size()
+            self.bytes -= encoded.numel() * encoded.element_size()
 
 
-def _key(part: ImagePart) -> str:
-    image = part.image
-    if isinstance(image, Path):
-        return f"file:{image}"
-    if isinstance(image, bytes):
-        return f"bytes:{hashlib.sha256(image).hexdigest()}"
-    # An opened picture; the request holds it for the whole call, so no other can get its id.
-    return f"picture:{id(image)}"
+class ContentHashes:
+    """Hashes of what images hold; a file is read again only when it has changed."""
+
+    def __init__(self, size: int = 65536) -> None:
+        self._size = size
+        self._files: OrderedDict[tuple[Path, int, int], str] = OrderedDict()
+
+    def of(self, part: ImagePart) -> str:
+        """Equal for equal files, encoded bytes or pixels.
+
+        What cannot be read gets a hash that nothing else has: opening it says what is wrong.
+        """
+        image = part.image
+        try:
+            if isinstance(image, bytes):
+                return hashlib.sha256(image).hexdigest()
+            if isinstance(image, Path):
+                return self._file(image)
+            return _pixels(image)
+        except (OSError, ValueError, PIL.Image.DecompressionBombError):
+            return f"unread:{uuid.uuid4()}"
+
+    def _file(self, path: Path) -> str:
+        state = path.stat()
+        known = (path, state.st_mtime_ns, state.st_size)
+        if known not in self._files:
+            self._files[known] = hashlib.sha256(path.read_bytes()).hexdigest()
+            if len(self._files) > self._size:
+                self._files.popitem(last=False)
+        return self._files[known]
+
+
+def _pixels(image: PIL.Image.Image) -> str:
+    """The pixels of an opened picture, and what else decides how they are seen."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError("refused when it is opened")
+    palette = image.getpalette() if image.mode == "P" else None
+    orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
+    seen = (image.mode, image.size, palette, image.info.get("transparency"), orientation)
+    return hashlib.sha256(repr(seen).encode() + image.tobytes()).hexdigest()

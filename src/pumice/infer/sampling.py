@@ -18,7 +18,7 @@ from pumice.core.types import Sampling
 class Sampler:
     """One request's settings and its own random numbers, so that neighbours cannot matter."""
 
-    __slots__ = ("_random", "greedy", "temperature", "top_k", "top_p")
+    __slots__ = ("_random", "greedy", "seed", "temperature", "top_k", "top_p")
 
     def __init__(self, sampling: Sampling) -> None:
         check_sampling(sampling)
@@ -26,8 +26,9 @@ class Sampler:
         self.temperature = sampling.temperature
         self.top_k = sampling.top_k
         self.top_p = sampling.top_p
+        self.seed = sampling.seed
         # Not a torch.Generator: these numbers are the same on every device.
-        self._random = random.Random(sampling.seed)
+        self._random = random.Random(self.seed)
 
     def draw(self) -> float:
         """The next number in [0, 1) of this request."""
@@ -46,6 +47,11 @@ def check_sampling(sampling: Sampling) -> None:
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1 (1: no limit)"),
         ("top_k", sampling.top_k >= 0, "a whole number from 0 (0: no limit)"),
         ("stop", all(sampling.stop), "strings that are not empty"),
+        (
+            "top_logprobs",
+            sampling.top_logprobs is None or sampling.top_logprobs >= 0,
+            "a whole number from 0 (0: of the chosen tokens alone), or None",
+        ),
     )
     for name, fits, allowed in rules:
         if not fits:

@@ -54,10 +54,39 @@ class Media:
         """The same images for the one token that follows: it sees what the last position saw."""
         return Media(self.states, self.owner, self.seen[:, -1:], self.projected)
 
-    def select(self, rows: torch.Tensor) -> Media:
-        """The rows of long[R]."""
-        projected = {layer: (k[rows], v[rows]) for layer, (k, v) in self.projected.items()}
-        return Media(self.states[rows], self.owner[rows], self.seen[rows], projected)
+    def window(self, first: int, last: int) -> Media:
+        """The same images for the positions from `first` to before `last`."""
+        return Media(self.states, self.owner, self.seen[:, first:last], self.projected)
+
+    @staticmethod
+    def side_by_side(rows: Sequence[Media | None]) -> Media | None:
+        """One row and one position each, as `after` gives them -> all in one; None without any."""
+        some = next((row for row in rows if row is not None), None)
+        if some is None:
+            return None
+        blind = Media(some.states[:, :0], some.owner[:, :0], torch.full_like(some.seen, -1))
+        blind.projected = {n: (k[:, :, :0], v[:, :, :0]) for n, (k, v) in some.projected.items()}
+        given = [blind if row is None else row for row in rows]
+        width = max(row.owner.shape[1] for row in given)
+
+        def padded(parts: Sequence[torch.Tensor], value: float = 0) -> torch.Tensor:
+            """float[1, ..., K, D] each -> float[B, ..., K, D]."""
+            return torch.cat(
+                [F.pad(part, (0, 0, 0, width - part.shape[-2]), value=value) for part in parts]
+            )
+
+        return Media(
+            padded([row.states for row in given]),
+            padded([row.owner.unsqueeze(-1) for row in given], -1).squeeze(-1),
+            torch.cat([row.seen for row in given]),
+            {
+                layer: (
+                    padded([row.projected[layer][0] for row in given]),
+                    padded([row.projected[layer][1] for row in given]),
+                )
+                for layer in some.projected
+            },
+        )
 
 
 def media_for(

@@ -1,0 +1,101 @@
+"""Reading prompts and saying the next token, with the language model as transformers has it.
+
+Shapes: B rows, T positions of a chunk, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pumice.infer.cache import BufferCache
+from pumice.models.cross_attention import Media
+from pumice.models.lmm import LMM
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The next positions of one prompt."""
+
+    embeds: torch.Tensor
+    """float[T, D]"""
+    first: int
+    """The position of the first of them: as many stand in `cache` already."""
+    cache: BufferCache
+    """Of one row; the chunk's keys and values are appended."""
+    media: Media | None
+    """What gated layers look at from these positions."""
+    ends: bool
+    """Whether the prompt ends here, so that the logits of its last position are wanted."""
+
+
+class Decoder(Protocol):
+    """How the engine runs a language model."""
+
+    def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        """Chunks of different prompts -> float[V] of each that ends."""
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        padding: Sequence[int],
+        cache: BufferCache,
+        media: Media | None,
+    ) -> torch.Tensor:
+        """long[B] tokens and their long[B] positions -> float[B, V].
+
+        `padding` are the columns of `cache` in front of each row that are not its own.
+        """
+
+
+class AnyDecoder:
+    """Any decoder of transformers, through its own forward pass; prompts one after the other."""
+
+    def __init__(self, lmm: LMM) -> None:
+        self._lmm = lmm
+
+    def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        """Chunks of different prompts -> float[V] of each that ends."""
+        ends = []
+        for chunk in chunks:
+            length = len(chunk.embeds)
+            keep = torch.zeros(1, length, dtype=torch.bool, device=chunk.embeds.device)
+            keep[0, -1] = True
+            places = torch.arange(chunk.first, chunk.first + length, device=chunk.embeds.device)
+            with self._lmm.looking_at(chunk.media):
+                logits: torch.Tensor = self._lmm.language(
+                    chunk.embeds.unsqueeze(0),
+                    position_ids=places.unsqueeze(0),
+                    cache=chunk.cache,
+                    keep=keep,
+                )
+            if chunk.ends:
+                ends.append(logits[0])
+        return ends
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        padding: Sequence[int],
+        cache: BufferCache,
+        media: Media | None,
+    ) -> torch.Tensor:
+        """long[B] tokens and their long[B] positions -> float[B, V]."""
+        language = self._lmm.language
+        mask = None
+        if any(padding):
+            columns = torch.arange(cache.width + 1, device=tokens.device)
+            mask = columns >= torch.tensor(padding, device=tokens.device).unsqueeze(1)
+        with self._lmm.looking_at(media):
+            logits: torch.Tensor = language(
+                language.embed(tokens.unsqueeze(1)),
+                position_ids=positions.unsqueeze(1),
+                attention_mask=mask,
+                cache=cache,
+            )
+        return logits[:, -1]
