@@ -24,6 +24,7 @@ from pumice.cli import (
     recipes,
     run,
     score,
+    submit,
     tiles,
     world,
 )
@@ -52,6 +53,7 @@ for _module in (
     generate,
     evaluate,
     score,
+    submit,
     convert,
     data,
     tiles,

@@ -28,6 +28,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "generate": (_MODEL, MODELS),
     "eval": (_MODEL, MODELS),
     "score": (("numpy", "pillow"), ()),
+    "submit": (("numpy", "pillow"), ()),
     "data verify": ((*_MODEL, *_RECIPE), ()),
     "data show": ((*_MODEL, *_RECIPE), MODELS),
     "convert": (_MODEL, ()),

@@ -88,5 +88,5 @@ def evaluate(
     for scores in all_scores:
         for line in scores.notes:
             note(f"{scores.benchmark}: {line}")
-    if any(scores.withheld for scores in all_scores):
+    if any(scores.failed for scores in all_scores):
         raise typer.Exit(1)

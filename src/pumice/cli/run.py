@@ -96,7 +96,7 @@ def run(
         say_json(_summary(out, specs, results, evaluated))
     else:
         _tell(results, evaluated)
-    if evaluated is not None and any(scores.withheld for scores in evaluated.scores):
+    if evaluated is not None and any(scores.failed for scores in evaluated.scores):
         raise typer.Exit(1)
 
 

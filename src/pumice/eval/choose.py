@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pumice.core.errors import PumiceError
 from pumice.eval.benchmark import Benchmark
 from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.submit import SERVERS
 
 ALL = "all"
 # What the field calls some of them beside their own name.
@@ -33,10 +34,15 @@ def choose_benchmarks(names: Iterable[str], options: Sequence[str] = ()) -> list
     return [BENCHMARKS[name].with_options(settings[name]) for name in chosen]
 
 
-def choose_benchmark(name: str, options: Sequence[str] = ()) -> Benchmark:
-    """The one benchmark of this name, with its options ("NAME=VALUE")."""
+def choose_benchmark(name: str, options: Sequence[str] = (), *, server: bool = False) -> Benchmark:
+    """The one benchmark of this name, with its options ("NAME=VALUE").
+
+    With `server`, of the split whose truths the evaluation server holds, unless chosen otherwise.
+    """
     known = _known_name(name.strip())
-    return BENCHMARKS[known].with_options(_settings(options, [known])[known])
+    chosen = _settings(options, [known])[known]
+    split = SERVERS[known].options if server else {}
+    return BENCHMARKS[known].with_options({**split, **chosen})
 
 
 def _known_name(name: str) -> str:

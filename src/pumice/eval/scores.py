@@ -31,11 +31,18 @@ class Scores:
     base_rate: Metrics
     by_category: dict[str, Metrics]
     notes: tuple[str, ...] = field(default=())
+    judged: bool = True
+    """False: the truths are with a server, so there cannot be a score here."""
 
     @property
     def withheld(self) -> bool:
         """True when there is no number to be quoted."""
         return self.metrics is None
+
+    @property
+    def failed(self) -> bool:
+        """True when something went wrong: answers are lacking, or a score that could be is not."""
+        return self.withheld and bool(self.judged or self.errors or self.missing)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, in the order of the file."""
@@ -88,6 +95,7 @@ def make_scores(
         base_rate=base_rate(benchmark, items),
         by_category={} if withheld else by_category(benchmark, scored),
         notes=tuple(reasons),
+        judged=benchmark.judged,
     )
 
 

@@ -1,8 +1,9 @@
 """MMBench and MMBench-CN (dev): multiple choice, asked with turned options, right only every time.
 
-Official files: mmbench_dev_20230712.tsv, mmbench_dev_cn_20231003.tsv, or a later release; pictures
-are in the file. A row is a question with its options in one order; rows whose index is equal modulo
-a million are one question. Groups are taken as they stand: some leave an option in place.
+Official files: mmbench_dev_20230712.tsv, mmbench_dev_cn_20231003.tsv, or a later release, pictures
+inside; the test tables come without answers. A row is a question with its options in one order;
+rows whose index is equal modulo a million are one question. Groups are taken as they stand: some
+leave an option in place.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _LETTERS = "ABCD"
 # A shorter picture is the index of the row that holds it, as later releases write it.
 _SHORTEST_PICTURE = 64
 _FOLDERS = ("", "mmbench/")
+# What the server's sheet has of the table, and where the answer stands among it.
+SHEET_COLUMNS = ("index", "question", *_LETTERS, "prediction", "answer", "split")
 
 
 class MMBench(Benchmark):
@@ -47,10 +50,16 @@ class MMBench(Benchmark):
     whole_groups = True
     choices = {"letters": ("2023", "now"), "release": ("found", *files)}
 
+    @property
+    def judged(self) -> bool:
+        """The answers of the test tables are not public."""
+        return not self.chosen["release"].startswith("test")
+
     def load(self, data_dir: Path) -> list[Item]:
         """One item per row, in the file's order; `truth` is the right letter."""
         release = self.chosen["release"]
-        names = [*self.files.values()] if release == "found" else [self.files[release]]
+        dev = [name for name in self.files.values() if "_test_" not in name]
+        names = dev if release == "found" else [self.files[release]]
         file = find_file(
             data_dir, self.name, [f"{place}{name}" for name in names for place in _FOLDERS]
         )
@@ -62,10 +71,10 @@ class MMBench(Benchmark):
         ]
 
     def _item(self, row: Cells, pictures: dict[str, str], where: str) -> Item:
-        require(row, ("index", "question", *_LETTERS, "answer"), where)
-        index, truth = row["index"], row["answer"]
+        require(row, ("index", "question", *_LETTERS, *(["answer"] if self.judged else [])), where)
+        index, truth = row["index"], row.get("answer")
         options = {letter: text for letter in _LETTERS if (text := row[letter]) is not None}
-        if index is None or not index.isdigit() or truth not in tuple(_LETTERS):
+        if index is None or not index.isdigit() or (self.judged and truth not in tuple(_LETTERS)):
             raise DataError(
                 f"{where}: a whole number as index and a letter of {_LETTERS} as answer are "
                 f"needed; found {index!r} and {truth!r}. Take the official dev file."
@@ -80,7 +89,12 @@ class MMBench(Benchmark):
             truth=truth,
             group=str(int(index) % TURN),
             category=row.get("l2-category") or "",
-            extra={"options": options, "picture": picture, "category": row.get("category") or ""},
+            extra={
+                "options": options,
+                "picture": picture,
+                "category": row.get("category") or "",
+                "cells": {name: row[name] for name in SHEET_COLUMNS if name in row},
+            },
         )
 
     def prepare(self, items: Sequence[Item]) -> None:
@@ -150,6 +164,7 @@ class MMBenchCN(MMBench):
         "20231003": "mmbench_dev_cn_20231003.tsv",
         "dev_cn": "MMBench_DEV_CN.tsv",
         "dev_cn_v11": "MMBench_DEV_CN_V11.tsv",
+        "test_20231003": "mmbench_test_cn_20231003.tsv",
     }
     choices = {"letters": ("2023", "now"), "release": ("found", *files)}
 
