@@ -29,6 +29,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eval": (_MODEL, MODELS),
     "score": (("numpy", "pillow"), ()),
     "submit": (("numpy", "pillow"), ()),
+    "data convert": (("pyyaml", "pydantic"), ()),
     "data verify": ((*_MODEL, *_RECIPE), ()),
     "data show": ((*_MODEL, *_RECIPE), MODELS),
     "convert": (_MODEL, ()),

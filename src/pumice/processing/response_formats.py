@@ -18,6 +18,21 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
 REGION = "Please provide a short description for this region: {box}."
+OCR_TOKENS = "Reference OCR token: "
+BRIEF_INSTRUCTIONS = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+"""What the captions of LCS-558K answer."""
 
 FORMATS: Registry[str] = Registry(
     "response format",
@@ -46,14 +61,18 @@ def letter_prompt(question: str, choices: Sequence[str], hint: str | None = None
             f"letter. Correct its choices."
         )
     lines = [f"Context: {hint}"] if hint else []
-    lines.append(question)
-    lines += [
-        f"{letter}. {choice}"
-        for letter, choice in zip(string.ascii_uppercase, choices, strict=False)
-    ]
+    lines += [question, *choice_lines(choices)]
     # Once only, so three spaces become two: that is what the published questions went through.
     text = "\n".join(lines).replace("  ", " ").strip()
     return with_format(text, "letter")
+
+
+def choice_lines(choices: Sequence[str]) -> list[str]:
+    """The choices with their letters: "A. a cat", "B. a dog"."""
+    return [
+        f"{letter}. {choice}"
+        for letter, choice in zip(string.ascii_uppercase, choices, strict=False)
+    ]
 
 
 def box_prompt(phrase: str) -> str:

@@ -67,6 +67,7 @@ def make_world(
     view of a vision backbone they are half as large, and signs cannot be read. The same arguments
     write the same bytes. `world.json` is written last: its presence means the world is complete.
     """
+    from pumice.world.academic import write_academic
     from pumice.world.benchmarks import write_benchmarks
 
     for name, count in (("images", images), ("eval_images", eval_images)):
@@ -88,6 +89,7 @@ def make_world(
     write_coco(out / "coco" / "annotations", "train2014", train, train_name, seed)
     write_coco(out / "coco" / "annotations", "val2014", held_out, eval_name, seed)
     write_benchmarks(out, held_out, seed)
+    write_academic(out / "academic", train, seed)
     record = {
         "format": 1, "images": images, "eval_images": eval_images, "seed": seed, "wide": wide,
     }  # fmt: skip
