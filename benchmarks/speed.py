@@ -199,12 +199,12 @@ def training_in(bench: Bench, batches: list[Batch], loader: Loader, dtype: str) 
         for attention in ("sdpa", "eager")
     }
     trainer = own_trainer(bench, copy.deepcopy(lmm), loader, autocast)
-    losses = {"pumice": trainer._step(0, batches[0])["loss"]}
+    losses = {"pumice": trainer._step(0, batches[:1])["loss"]}
     losses |= {name: step(theirs[0]) for name, step in peers.items()}
     apart = max(losses.values()) - min(losses.values())
     if not apart <= LOSS_TOLERANCE[dtype]:
         raise AssertionError(f"{dtype}: the first losses are {losses}")
-    own = {"pumice": lambda: [trainer._step(1, batch) for batch in batches]}
+    own = {"pumice": lambda: [trainer._step(1, [batch]) for batch in batches]}
     others = {
         name: lambda step=step: [step(inputs) for inputs in theirs] for name, step in peers.items()
     }

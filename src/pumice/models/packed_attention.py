@@ -57,22 +57,38 @@ def document_attention(
             f"cannot have. Set packing to null, or choose a decoder with rotary positions."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
+    wanted, groups = value.dtype, query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     lengths = [query.shape[2]] if documents is None else list(documents)
-    special = softcap is not None or s_aux is not None
-    # On CPU the fused kernel is the faster one in float32, and slower by a half in bfloat16.
-    fused = not special and (query.is_cuda or query.dtype == torch.float32)
+    query, key, value = _in_one_precision(query, key, value)
     mixed = []
-    for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
-        if fused and (sliding_window is None or q.shape[2] <= sliding_window):
-            mixed.append(
-                F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
-            )
-        else:
-            mixed.append(_attend(q * scale, k, v, dropout, sliding_window, softcap, s_aux))
-    return torch.cat(mixed, 2).transpose(1, 2).contiguous(), None
+    with torch.autocast(query.device.type, enabled=False):
+        for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
+            cut = sliding_window is not None and q.shape[2] > sliding_window
+            if cut or softcap is not None or s_aux is not None:
+                mixed.append(_attend(q * scale, k, v, dropout, sliding_window, softcap, s_aux))
+            else:
+                mixed.append(
+                    F.scaled_dot_product_attention(
+                        q, k, v, dropout_p=dropout, is_causal=True, scale=scale
+                    )
+                )
+    return torch.cat(mixed, 2).to(wanted).transpose(1, 2).contiguous(), None
+
+
+def _in_one_precision(*states: torch.Tensor) -> list[torch.Tensor]:
+    """All in the lower precision of autocast on a GPU, and in float32 on a CPU.
+
+    There the fused kernel of float32 is the fastest: bfloat16 has a slow one, and its products of
+    small matrices cost more in preparation, anew for each length, than they save.
+    """
+    device = states[0].device.type
+    if device == "cpu":
+        return [part.float() for part in states]
+    if torch.is_autocast_enabled(device):
+        return [part.to(torch.get_autocast_dtype(device)) for part in states]
+    return list(states)
 
 
 def _attend(
