@@ -5,16 +5,19 @@ Shapes: B batch, T positions, D model width, V vocabulary, K kept positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.modeling_utils
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from pumice.core.errors import PumiceError
+from pumice.models.head_loss import PIECE, has_plain_head, head_loss
 from pumice.models.pretrained import (
     default_attention,
     load_pretrained,
@@ -36,6 +39,7 @@ class LanguageModel(nn.Module):
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         self.hidden_size: int = embeddings.weight.shape[1]
         self.vocab_size: int = embeddings.weight.shape[0]
+        self._plain_head: bool | None = None
 
     @classmethod
     def from_config(
@@ -100,6 +104,7 @@ class LanguageModel(nn.Module):
         cache: Any = None,
         keep: torch.Tensor | None = None,
         documents: Sequence[int] | None = None,
+        head: bool = True,
     ) -> torch.Tensor:
         """float[B, T, D] -> float[B, T, V], or float[K, V] for the K True positions of bool[B, T].
 
@@ -107,18 +112,64 @@ class LanguageModel(nn.Module):
         restart at 0; a mask or transformers' own default cache would let them see each other.
         `documents`, the lengths of those of the one row, spares what is between them; before that
         `packed_attention.attend_to_documents` must have prepared and checked the decoder.
+        Without `head` comes what the output head would read, float[K, D].
         """
         gathers = keep is not None and _GATHERS_BEFORE_HEAD
         extra: dict[str, Any] = {"logits_to_keep": keep} if gathers else {}
         if documents is not None:
             assert attention_mask is None and cache is None
             extra["documents"] = tuple(documents)
-        logits: torch.Tensor = self.model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **extra,
-        ).logits
+        with nullcontext() if head else self._headless():
+            logits: torch.Tensor = self.model(
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **extra,
+            ).logits
         return logits[keep] if keep is not None and not gathers else logits
+
+    def loss(
+        self,
+        inputs_embeds: torch.Tensor,
+        targets: torch.Tensor,
+        keep: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """float[B, T, D], long[K], bool[B, T] with K True -> float[], the summed cross entropy."""
+        places: dict[str, Any] = {"position_ids": position_ids, "documents": documents}
+        if len(targets) * self.vocab_size <= PIECE or not self._has_plain_head():
+            logits = self(inputs_embeds, keep=keep, **places)
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
+        output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[operator]
+        hidden = self(inputs_embeds, keep=keep, head=False, **places)
+        return head_loss(hidden, output.weight, output.bias, targets)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Without dropout and gradients, for a while."""
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _has_plain_head(self) -> bool:
+        if self._plain_head is None:
+            self._plain_head = has_plain_head(self)
+        return self._plain_head
+
+    @contextmanager
+    def _headless(self) -> Iterator[None]:
+        """The output head gives back what it gets, for a while."""
+        output: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        output.forward = lambda hidden: hidden
+        try:
+            yield
+        finally:
+            del output.forward

@@ -281,22 +281,25 @@ class LMM(nn.Module):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         instruction: Instruction | None = None,
         documents: Sequence[int] | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """long[B, T] and images -> float[B, T, V] or float[K, V].
+        """long[B, T] and images -> float[B, T, V] or float[K, V], or with `targets` float[].
 
         Images come as pixels, float[N, 3, H, W] (with sizes when tiled, with instructions when the
         connector reads them), or as features already encoded. `keep`, bool[B, T], selects the
         positions whose logits are wanted. Padding stands on the right. `documents` are the lengths
-        of those packed into the one row, each with positions of its own.
+        of those packed into the one row, each with positions of its own. `targets`, long[K], are
+        what the kept positions should say: given them, the result is the summed cross entropy.
         """
         if features is None and pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values, image_sizes, instruction)
         with self.looking_at(self.media(input_ids, features, position_ids, documents)):
+            embeds = self.embed(input_ids, features)
+            if targets is not None:
+                assert keep is not None
+                return self.language.loss(embeds, targets, keep, position_ids, documents)
             logits: torch.Tensor = self.language(
-                self.embed(input_ids, features),
-                position_ids=position_ids,
-                keep=keep,
-                documents=documents,
+                embeds, position_ids=position_ids, keep=keep, documents=documents
             )
         return logits
 
@@ -308,22 +311,26 @@ class LMM(nn.Module):
         The sum, so that the caller may normalise over micro-batches and processes. `features`
         replace the encoding of the batch's pixels.
         """
-        targets = batch.labels[:, 1:]
-        supervised = targets != IGNORE
-        # Logits at t foretell token t + 1; the last position foretells nothing.
-        keep = F.pad(supervised, (0, 1), value=False)
-        logits = self(
+        keep, targets = _supervised(batch)
+        loss: torch.Tensor = self._read(batch, features, keep=keep, targets=targets)
+        return loss, len(targets)
+
+    def logits(self, batch: TrainingBatch, features: Features | None = None) -> torch.Tensor:
+        """Batch -> float[K, V], at the positions that foretell a supervised token."""
+        logits: torch.Tensor = self._read(batch, features, keep=_supervised(batch)[0])
+        return logits
+
+    def _read(self, batch: TrainingBatch, features: Features | None, **more: Any) -> Any:
+        return self(
             batch.input_ids,
             position_ids=batch.position_ids,
             pixel_values=batch.pixel_values,
             features=features,
-            keep=keep,
             image_sizes=batch.image_sizes,
             instruction=batch.instruction,
             documents=batch.documents,
+            **more,
         )
-        wanted = targets[supervised]
-        return F.cross_entropy(logits.float(), wanted, reduction="sum"), len(wanted)
 
     @torch.no_grad()
     def match_connector_scale(self, pixel_values: torch.Tensor) -> float:
@@ -352,6 +359,14 @@ class LMM(nn.Module):
         if linears[-1].bias is not None:
             linears[-1].bias.mul_(factor)
         return factor
+
+
+def _supervised(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool[B, T], the positions that foretell a supervised token, and long[K], those tokens."""
+    targets = batch.labels[:, 1:]
+    supervised = targets != IGNORE
+    # Logits at t foretell token t + 1; the last position foretells nothing.
+    return F.pad(supervised, (0, 1), value=False), targets[supervised]
 
 
 def _connector(

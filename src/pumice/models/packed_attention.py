@@ -8,7 +8,6 @@ Shapes: T positions of the one row, H heads, Hk key heads, Dh head width, S posi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pumice.models.language import LanguageModel
 
 NAME = "pumice_documents"
@@ -136,7 +133,7 @@ def attend_to_documents(language: LanguageModel) -> None:
     one with a state, or with a bias of its own, mixes them without a word. So twelve tokens in
     three documents go through this very model, packed and one by one, and must agree.
     """
-    with _answering(language):
+    with language.answering():
         ids = torch.linspace(0, language.vocab_size - 1, sum(_CHECK), device=language.device).long()
         hidden = language.embed(ids[None])
         parts = torch.split(hidden, list(_CHECK), 1)
@@ -156,19 +153,6 @@ def attend_to_documents(language: LanguageModel) -> None:
             f"null, or choose another language model (Llama, Qwen, Mistral, Gemma, Phi, OPT ... "
             f"keep them apart)."
         )
-
-
-@contextmanager
-def _answering(language: LanguageModel) -> Iterator[None]:
-    """Without dropout and gradients, for a while."""
-    modes = {module: module.training for module in language.modules()}
-    language.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _positions(lengths: Sequence[int], like: torch.Tensor) -> torch.Tensor:

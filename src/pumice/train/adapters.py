@@ -130,12 +130,8 @@ def merge_adapters(lmm: LMM, batch: Batch) -> dict[str, Any]:
     from pumice.models.lora import merge_lora
 
     def logits() -> torch.Tensor:
-        found: list[torch.Tensor] = []
-        hook = lmm.language.register_forward_hook(lambda *call: found.append(call[-1].float()))
         with torch.inference_mode():
-            lmm.loss(batch)
-        hook.remove()
-        return torch.cat(found)
+            return lmm.logits(batch).float()
 
     lmm.eval()
     before = logits()
