@@ -94,6 +94,7 @@ def test_options_are_part_of_the_protocol(tmp_path: Path) -> None:
         benchmark = choose_benchmark("vqav2", [option])
         scores = scored(benchmark, tmp_path, [{"question_id": "1000", "text": "red"}])
         assert scores.protocol["options"]["scorer"] == option.partition("=")[2]
+        assert scores.protocol["protocol"] == "paper"
         prints.add(scores.protocol["fingerprint"])
     assert len(prints) == 3
 
@@ -216,6 +217,7 @@ def test_textvqa_without_ocr_tokens_is_scored_but_not_asked(tmp_path: Path) -> N
         textvqa.prepare(items)
     bare = textvqa.with_options({"ocr": "none"})
     bare.prepare(bare.load(tmp_path))
+    assert (textvqa.paper, bare.paper) == (True, False)
     assert prompts(bare, tmp_path)[0] == "What is the brand?" + SHORT
     dump(
         tmp_path / "textvqa" / "TextVQA_Rosetta_OCR_v0.2_val.json",

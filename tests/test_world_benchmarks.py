@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from eval_files import answers_to, dump_lines
+from pumice.core.errors import DataError
 from pumice.eval.benchmark import Item
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.runner import rescore, take_evenly
@@ -126,3 +127,37 @@ def test_a_limit_takes_whole_groups(name: str, world: Path) -> None:
     groups = {item.group for item in some}
     assert some == [item for item in items if item.group in groups]
     assert len(items) // 5 < len(some) < len(items) // 2
+
+
+def test_a_broken_video_is_its_items_error_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    make_world(tmp_path / "world", images=1, eval_images=4)
+    videos = tmp_path / "world" / "seed_bench" / "videos"
+    (videos / "EPIC-KITCHENS" / "1.mp4").write_bytes(b"no video")
+    (videos / "EPIC-KITCHENS" / "2.mp4").unlink()
+    seed = BENCHMARKS["seed_bench"].with_options({"part": "video"})
+    items = seed.load(tmp_path / "world")
+    with caplog.at_level(logging.WARNING):
+        seed.prepare(items)
+    assert "cannot be read" in caplog.text and "is not there" in caplog.text
+    assert sum(item.image is not None and item.image.is_file() for item in items) == 16
+    with pytest.raises(DataError, match="cannot be read"):
+        seed.prepare([item for item in items if item.extra["video"][0].name == "1.mp4"][1:2])
+
+
+def test_frames_of_another_file_of_the_same_name_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    seed = BENCHMARKS["seed_bench"].with_options({"part": "video"})
+    images = []
+    for number in (0, 1):
+        make_world(tmp_path / str(number), images=1, eval_images=4, seed=number)
+        item = seed.load(tmp_path / str(number))[0]
+        seed.prepare([item])
+        assert item.image is not None
+        images.append(item.image)
+    assert images[0].name == images[1].name
+    assert images[0].read_bytes() != images[1].read_bytes()

@@ -118,6 +118,8 @@ class Benchmark(ABC):
     decimals: int = 4
     missing_is_wrong: bool = False
     """True: the official scorer counts an unanswered item as wrong. False: no score then."""
+    paper: bool = False
+    """True: prompts are, byte for byte, those LLaVA-1.5 was asked with."""
     whole_groups: bool = False
     """True: the metric asks for all items of a group, so a limited run takes groups as a whole."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -125,6 +125,7 @@ def row_protocol(benchmark: Benchmark, *, control: str | None) -> dict[str, Any]
     """What decides a single row's answer and score, whichever other rows there are."""
     return {
         "benchmark": benchmark.name,
+        "protocol": "paper" if benchmark.paper else "own",
         **benchmark.protocol(),
         **({"options": benchmark.chosen} if benchmark.chosen else {}),
         "max_new_tokens": benchmark.max_new_tokens,

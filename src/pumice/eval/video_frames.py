@@ -5,11 +5,13 @@ Decoding is PyAV's (the optional extra `benchmarks`).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pumice.core.errors import DataError, PumiceError
+from pumice.core.files import cache_dir, sha256_bytes, write_atomic
 
 Span = Literal["whole", "seconds", "frames"]
 """What a segment counts: nothing (the whole video), seconds, or frames."""
@@ -32,8 +34,15 @@ def middle_index(frames: int, fps: float, span: Span, segment: Sequence[float] =
     return start + max(0, (length - 1) // 2)
 
 
+def frame_file(video: Path, name: str) -> Path:
+    """Where a frame of this very file (its place, size and time) is kept under this name."""
+    stat = video.stat() if video.is_file() else None
+    key = f"{video.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)}"
+    return cache_dir() / "frames" / sha256_bytes(key.encode())[:16] / name
+
+
 def save_middle_frame(video: Path, span: Span, segment: Sequence[float], out: Path) -> None:
-    """Writes that frame as an image file."""
+    """Writes that frame as a PNG file."""
     if span != "whole" and len(segment) != 2:
         raise DataError(
             f"{video}: the question's segment is {list(segment)}; a start and an end are needed. "
@@ -55,8 +64,9 @@ def save_middle_frame(video: Path, span: Span, segment: Sequence[float], out: Pa
         with av.open(str(video)) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number == wanted:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    frame.to_image().save(out)
+                    buffer = io.BytesIO()
+                    frame.to_image().save(buffer, "PNG")
+                    write_atomic(out, buffer.getvalue(), sync=False)
                     return
     except (av.FFmpegError, IndexError) as error:
         raise DataError(f"{video}: this video cannot be read ({error}). Get it again.") from error

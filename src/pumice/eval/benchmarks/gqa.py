@@ -29,6 +29,7 @@ class GQA(Benchmark):
     name = "gqa"
     title = "GQA"
     headline = "accuracy"
+    paper = True
     choices = {"split": ("testdev", "val")}
 
     def load(self, data_dir: Path) -> list[Item]:

@@ -38,6 +38,7 @@ class MMBench(Benchmark):
     name = "mmbench"
     title = "MMBench"
     headline = "circular_accuracy"
+    paper = True
     max_new_tokens = 1024
     sentence = "letter"
     files: ClassVar[Mapping[str, str]] = {

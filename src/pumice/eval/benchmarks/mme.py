@@ -44,6 +44,7 @@ class MME(Benchmark):
     name = "mme"
     title = "MME"
     headline = "perception"
+    paper = True
     whole_groups = True
 
     def load(self, data_dir: Path) -> list[Item]:

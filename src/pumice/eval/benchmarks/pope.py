@@ -42,6 +42,7 @@ class Pope(Benchmark):
     name = "pope"
     title = "POPE"
     headline = "mean_f1"
+    paper = True
     # How many labels the random file must have; "found" takes the file as it is.
     choices = {"labels": ("found", "2910", "3000")}
 

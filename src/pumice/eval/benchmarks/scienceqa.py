@@ -42,6 +42,7 @@ class ScienceQA(Benchmark):
     name = "scienceqa"
     title = "ScienceQA"
     headline = "img_accuracy"
+    paper = True
     max_new_tokens = 1024
     missing_is_wrong = True
 

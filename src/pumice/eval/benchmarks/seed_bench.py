@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import DataError
-from pumice.core.files import cache_dir, read_json
+from pumice.core.files import read_json
+from pumice.core.log import get_logger
 from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, percent
 from pumice.eval.locate import ImageFinder, find_file, require
-from pumice.eval.video_frames import Span, save_middle_frame
+from pumice.eval.video_frames import Span, frame_file, save_middle_frame
 from pumice.processing.response_formats import LETTER, with_format
 
 FILE = "SEED-Bench.json"
@@ -28,6 +29,8 @@ VIDEOS: dict[int, tuple[str, Span]] = {
 _LETTERS = "ABCD"
 _NEEDED = ("answer", "data_id", "data_type", "question", "question_id", "question_type_id")
 
+log = get_logger(__name__)
+
 
 class SeedBench(Benchmark):
     """Accuracy over all questions, over those about images and over those about videos."""
@@ -35,6 +38,7 @@ class SeedBench(Benchmark):
     name = "seed_bench"
     title = "SEED-Bench"
     headline = "accuracy"
+    paper = True
     missing_is_wrong = True
     choices = {"part": ("all", "image", "video")}
 
@@ -60,11 +64,24 @@ class SeedBench(Benchmark):
         return items
 
     def prepare(self, items: Sequence[Item]) -> None:
-        """Takes the frames in the middle of the videos, for those that are not there yet."""
-        for item in items:
-            if item.extra["video"] and item.image and not item.image.is_file():
-                video, span, segment = item.extra["video"]
-                save_middle_frame(video, span, segment, item.image)
+        """Takes the frames in the middle of the videos, for those that are not there yet.
+
+        A broken video is its item's error, later; when no video can be read that is said at once.
+        """
+        failures: list[DataError] = []
+        videos = [item for item in items if item.extra["video"] and item.image]
+        for item in videos:
+            assert item.image is not None
+            video, span, segment = item.extra["video"]
+            try:
+                if not item.image.is_file():
+                    save_middle_frame(video, span, segment, item.image)
+            except DataError as error:
+                failures.append(error)
+        if failures and len(failures) == len(videos):
+            raise failures[0]
+        for failure in failures:
+            log.warning("%s", failure)
 
     def parse(self, text: str, item: Item) -> str | None:
         """The answer when it is one of the four letters and nothing else."""
@@ -113,7 +130,7 @@ def _item(
         image = find_image(f"{FRAMES}/{kind}_{name}.png")
         if not image.is_file():
             video = _video(row, data_dir)
-            image = cache_dir() / "seed_bench" / f"{kind}_{name}.png"
+            image = frame_file(video[0], f"{kind}_{name}.png")
     return Item(
         id=name,
         image=image,

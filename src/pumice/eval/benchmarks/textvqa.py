@@ -39,6 +39,11 @@ class TextVQA(Benchmark):
     decimals = 2
     choices = {"ocr": ("given", "none")}
 
+    def __init__(self, **chosen: str) -> None:
+        """Without OCR tokens the prompt is another one than the paper's."""
+        super().__init__(**chosen)
+        self.paper = self.chosen["ocr"] == "given"
+
     def load(self, data_dir: Path) -> list[Item]:
         """One item per question; `truth` is the list of the ten answers."""
         file = find_file(data_dir, self.name, [FILE])

@@ -28,6 +28,7 @@ class VizWiz(Benchmark):
     name = "vizwiz"
     title = "VizWiz"
     headline = "accuracy"
+    paper = True
     decimals = 2
     choices = {"split": ("val", "test"), "scorer": ("m4c", "2021", "before-2021")}
 

@@ -30,6 +30,7 @@ class VQAv2(Benchmark):
     name = "vqav2"
     title = "VQAv2"
     headline = "accuracy"
+    paper = True
     decimals = 2
     missing_is_wrong = True
     choices = {
