@@ -61,17 +61,27 @@ class ImageFinder:
     """Finds images by file name in the folders where the official archives unpack."""
 
     def __init__(self, data_dir: Path, name: str) -> None:
-        self._folders = [data_dir / folder.format(name=name) for folder in IMAGE_FOLDERS]
+        folders = [data_dir / folder.format(name=name) for folder in IMAGE_FOLDERS]
+        self._expected = folders[0]
+        # Only what is there: without any images (an answers file is scored) nothing is looked for.
+        self._folders = [folder for folder in folders if folder.is_dir()]
+        self._found: dict[tuple[str, ...], Path] = {}
 
     def __call__(self, *names: str) -> Path:
         """The first existing file among the names, else the place where it was expected first.
 
         A missing image is no error here: its item fails alone, later, and is counted as an error.
         """
+        # Benchmarks ask several questions about an image.
+        if names not in self._found:
+            self._found[names] = self._look_for(names)
+        return self._found[names]
+
+    def _look_for(self, names: tuple[str, ...]) -> Path:
         for index, folder in enumerate(self._folders):
             for name in names:
                 if (folder / name).is_file():
                     # The next image most likely lies in the same folder.
                     self._folders.insert(0, self._folders.pop(index))
                     return folder / name
-        return self._folders[0] / names[0]
+        return self._expected / names[0]

@@ -95,7 +95,7 @@ class VizWiz(Benchmark):
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
         return {
             "prompt": f"{{question.capitalize()}}\n{UNANSWERABLE}\n{SHORT}",
-            "parser": "M4C's processor, as LLaVA makes its upload",
+            "parser": f"VQA scorer, version {self.chosen['scorer']}",
             "metric": "VQA accuracy, each annotator left out in turn, percent",
         }
 

@@ -121,7 +121,7 @@ class VQAv2(Benchmark):
         """Prompt, parser and metric."""
         return {
             "prompt": f"{{question}}\n{SHORT}",
-            "parser": "official VQA scorer of 2021-03-11 (normalises unless unanimous)",
+            "parser": f"VQA scorer, version {self.chosen['scorer']}",
             "metric": "VQA accuracy, each annotator left out in turn, percent",
         }
 
