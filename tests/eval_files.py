@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pumice.core.types import Request, Result
 from pumice.eval.benchmark import Item
 
 
@@ -85,3 +86,30 @@ def science_files(root: Path) -> Path:
 
 def answers_to(items: Sequence[Item], answer: Callable[[Item], str]) -> list[dict[str, object]]:
     return [{"question_id": item.id, "text": answer(item)} for item in items]
+
+
+class Scripted:
+    """An answerer that knows the truth, remembers what it was asked, and can die or fail."""
+
+    def __init__(self, items: Sequence[Item], *, die_after: int = -1, fail: str = "") -> None:
+        self.truth = {item.id: item.extra["most_frequent"] for item in items}
+        self.die_after, self.fail = die_after, fail
+        self.asked: list[str] = []
+
+    def __call__(
+        self, requests: Sequence[Request], on_result: Callable[[Result], None] | None
+    ) -> list[Result]:
+        results = []
+        # Backwards, as an engine that sorts by length may finish in any order.
+        for request in reversed(requests):
+            if len(self.asked) == self.die_after:
+                raise KeyboardInterrupt
+            self.asked.append(request.id)
+            failed = "cannot read the image" if request.id == self.fail else None
+            result = Result(
+                id=request.id, text="" if failed else self.truth[request.id], error=failed
+            )
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+        return results

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from eval_files import dump_lines, pope_files, vqa_files
+from eval_files import Scripted, dump_lines, pope_files, vqa_files
 from pumice.core.errors import DataError, PumiceError
-from pumice.core.types import Request, Result
 from pumice.eval.benchmark import Item
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.controls import shuffle_images
 from pumice.eval.runner import rescore, run_benchmark, take_evenly
 from pumice.eval.scores import full_protocol
-
-
-class Scripted:
-    """An answerer that knows the truth, remembers what it was asked, and can die or fail."""
-
-    def __init__(self, items: Sequence[Item], *, die_after: int = -1, fail: str = "") -> None:
-        self.truth = {item.id: item.extra["most_frequent"] for item in items}
-        self.die_after, self.fail = die_after, fail
-        self.asked: list[str] = []
-
-    def __call__(
-        self, requests: Sequence[Request], on_result: Callable[[Result], None] | None
-    ) -> list[Result]:
-        results = []
-        # Backwards, as an engine that sorts by length may finish in any order.
-        for request in reversed(requests):
-            if len(self.asked) == self.die_after:
-                raise KeyboardInterrupt
-            self.asked.append(request.id)
-            failed = "cannot read the image" if request.id == self.fail else None
-            result = Result(
-                id=request.id, text="" if failed else self.truth[request.id], error=failed
-            )
-            results.append(result)
-            if on_result is not None:
-                on_result(result)
-        return results
 
 
 def test_a_killed_run_resumes_to_the_same_files(tmp_path: Path) -> None:
@@ -124,7 +95,7 @@ def test_the_interval_draws_images_not_questions(tmp_path: Path) -> None:
 def test_shuffling_gives_every_image_another_one(tmp_path: Path) -> None:
     items = BENCHMARKS["vqav2"].load(vqa_files(tmp_path))
     for seed in range(5):
-        shuffled = shuffle_images(items, seed)
+        shuffled = shuffle_images(items, seed, tmp_path)
         assert all(a.image != b.image for a, b in zip(items, shuffled, strict=True))
         assert sorted(str(a.image) for a in items) == sorted(str(b.image) for b in shuffled)
         assert [a.truth for a in items] == [b.truth for b in shuffled]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,9 @@ from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
 from pumice.cli.weights import weights_hash
 
+if TYPE_CHECKING:
+    from pumice.eval.scores import Scores
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
@@ -44,7 +47,10 @@ def evaluate(
     batch_size: BatchSizeOption = 16,
     control: Annotated[
         str | None,
-        typer.Option("--control", help="'shuffled': each item gets another item's image."),
+        typer.Option(
+            "--control",
+            help="'shuffled': each item gets another item's image; 'blank': a grey one.",
+        ),
     ] = None,
     allow_errors: AllowErrorsOption = False,
     loading: LoadOptions = LOADING,
@@ -53,11 +59,13 @@ def evaluate(
     """Run a model on benchmarks.
 
     DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes on where it
-    stopped. Exits with 1 when a score is withheld.
+    stopped. Started by torchrun, each process asks its share. Exits with 1 when a score is
+    withheld.
     """
     from pumice.eval.choose import choose_benchmarks
     from pumice.eval.controls import CONTROLS
     from pumice.eval.locate import check_data_dir
+    from pumice.eval.ranks import joined
     from pumice.eval.runner import run_benchmark
     from pumice.infer.model import load
 
@@ -68,19 +76,28 @@ def evaluate(
         CONTROLS[control]
     loaded = load(model, max_batch=batch_size, **asdict(loading))
     weights = weights_hash(model, loading.quantize, loading.adapter)
-    all_scores = [
-        run_benchmark(
-            loaded.generate,
-            benchmark,
-            data,
-            out / (benchmark.name if control is None else f"{benchmark.name}-{control}"),
-            weights=weights,
-            limit=limit,
-            control=control,
-            allow_errors=allow_errors,
-        )
-        for benchmark in benchmarks
-    ]
+    with joined() as ranks:
+        all_scores = [
+            run_benchmark(
+                loaded.generate,
+                benchmark,
+                data,
+                out / (benchmark.name if control is None else f"{benchmark.name}-{control}"),
+                weights=weights,
+                limit=limit,
+                control=control,
+                allow_errors=allow_errors,
+                ranks=ranks,
+            )
+            for benchmark in benchmarks
+        ]
+    if ranks.is_main:
+        _show(all_scores, as_json)
+    if any(scores.failed for scores in all_scores):
+        raise typer.Exit(1)
+
+
+def _show(all_scores: list[Scores], as_json: bool) -> None:
     if as_json:
         say_json({"benchmarks": {scores.benchmark: scores.to_dict() for scores in all_scores}})
     else:
@@ -88,5 +105,3 @@ def evaluate(
     for scores in all_scores:
         for line in scores.notes:
             note(f"{scores.benchmark}: {line}")
-    if any(scores.failed for scores in all_scores):
-        raise typer.Exit(1)

@@ -12,6 +12,11 @@ def rank() -> int:
     return _whole_number("RANK", default=0)
 
 
+def local_rank() -> int:
+    """The number of this process among those on its machine, 0 when there is only one."""
+    return _whole_number("LOCAL_RANK", default=0)
+
+
 def world_size() -> int:
     """How many processes work together, 1 by default."""
     return _whole_number("WORLD_SIZE", default=1)

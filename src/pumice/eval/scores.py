@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pumice.core.types import Prediction
@@ -33,6 +33,8 @@ class Scores:
     notes: tuple[str, ...] = field(default=())
     judged: bool = True
     """False: the truths are with a server, so there cannot be a score here."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Of a run: the data directory, the hash of the weights, and which items were asked how."""
 
     @property
     def withheld(self) -> bool:
@@ -51,6 +53,15 @@ class Scores:
         plain["notes"] = list(self.notes)
         return plain
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Scores:
+        """What `to_dict` gave; keys that a scores.json of another version has are left out."""
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in plain.items() if name in known}
+        given["interval"] = {name: (low, high) for name, (low, high) in plain["interval"].items()}
+        given["notes"] = tuple(plain["notes"])
+        return cls(**given)
+
 
 def make_scores(
     benchmark: Benchmark,
@@ -61,11 +72,14 @@ def make_scores(
     notes: Sequence[str] = (),
     flawed: bool = False,
     allow_errors: bool = False,
+    finished: bool = True,
+    origin: dict[str, Any] | None = None,
 ) -> Scores:
     """Scores of the answered rows; a row with an error is never scored as an answer.
 
     Errors, unanswered items (unless the official scorer counts them as wrong) and answers that do
-    not fit the items withhold the score, unless `allow_errors`: then the rest is scored.
+    not fit the items withhold the score, unless `allow_errors`: then the rest is scored. A run that
+    is not `finished` has no score: what it did not ask yet is neither wrong nor to be left out.
     """
     answered = [row for row in rows if row.prediction.error is None]
     errors = len(rows) - len(answered)
@@ -74,9 +88,16 @@ def make_scores(
     if benchmark.missing_is_wrong:
         scored += _unanswered(items, rows)
     reasons = list(notes)
-    reasons += _reasons(benchmark, errors, missing, withheld=not allow_errors)
+    if finished:
+        reasons += _reasons(benchmark, errors, missing, withheld=not allow_errors)
+    else:
+        reasons.append(
+            f"the run has not finished: {missing} of {len(items)} items were not asked yet, so the "
+            f"score is withheld; give the same command again to go on"
+        )
     lacking = missing and not benchmark.missing_is_wrong
-    withheld = not answered or (not allow_errors and bool(errors or lacking or flawed))
+    withheld = not (answered and finished)
+    withheld |= not allow_errors and bool(errors or lacking or flawed)
     if not benchmark.judged:
         withheld = True
         reasons.append(
@@ -92,10 +113,11 @@ def make_scores(
         errors=errors,
         interval={} if withheld else bootstrap(benchmark, scored),
         protocol=protocol,
-        base_rate=base_rate(benchmark, items),
+        base_rate=base_rate(benchmark, items) if finished else {},
         by_category={} if withheld else by_category(benchmark, scored),
         notes=tuple(reasons),
         judged=benchmark.judged,
+        origin=origin or {},
     )
 
 

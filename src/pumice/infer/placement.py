@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from pumice.core.distributed import local_rank, world_size
 from pumice.core.errors import PumiceError
 from pumice.core.registry import suggest
 
@@ -18,9 +19,14 @@ _DEVICE = re.compile(r"cpu|cuda(:(\d+))?")
 
 
 def default_placement() -> tuple[torch.device, torch.dtype]:
-    """The GPU with bfloat16 where there is one; otherwise the CPU with float32."""
+    """The GPU with bfloat16 where there is one; otherwise the CPU with float32.
+
+    Of several processes on a machine each takes the next GPU.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
+        if world_size() == 1:
+            return torch.device("cuda"), torch.bfloat16
+        return torch.device("cuda", local_rank() % torch.cuda.device_count()), torch.bfloat16
     return torch.device("cpu"), torch.float32
 
 
