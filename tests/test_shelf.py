@@ -315,6 +315,33 @@ def test_mmbench_needs_every_turn_of_a_question(tmp_path: Path) -> None:
     assert set(scores.by_category) >= {"attribute", "category=fine logic"}
 
 
+@pytest.mark.parametrize(
+    ("name", "lost", "all_right", "rest_wrong"),
+    [
+        # Question 7 lacks one of its three orders; the other two questions are right.
+        ("mmbench", "2000007", 100, 100),
+        # Image 0001 lacks one answer; in "existence" 3 or 2 of 3 are right, and image 0002 is.
+        ("mme", "existence/0001/2", 400, 200 + 100 * 2 / 3 + 100),
+    ],
+)
+def test_half_a_group_is_left_out_and_not_half_right(
+    name: str, lost: str, all_right: float, rest_wrong: float, tmp_path: Path
+) -> None:
+    benchmark = BENCHMARKS[name]
+    items = benchmark.load(FILES[name](tmp_path))
+    group = next(item.group for item in items if item.id == lost)
+    rest = [item for item in items if item.id != lost]
+    truths = {item.id: benchmark.truth_text(item) for item in rest}
+    wrong = truths | {item.id: "?" for item in rest if item.group == group}
+    for said, expected in ((truths, all_right), (wrong, rest_wrong)):
+        rows: list[dict[str, object]] = [
+            {"question_id": name, "text": text} for name, text in said.items()
+        ]
+        scores = scored(benchmark, tmp_path, rows)
+        assert scores.missing == 1 and scores.metrics is not None
+        assert scores.metrics[benchmark.headline] == pytest.approx(expected, abs=1e-4)
+
+
 def test_mmbench_takes_its_sheets(tmp_path: Path) -> None:
     mmbench = BENCHMARKS["mmbench"]
     mmbench_files(tmp_path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,10 +67,14 @@ class MMBench(Benchmark):
         )
         rows = list(read_table(file, NOT_AVAILABLE))
         pictures = {str(row.get("index")): row.get("image") or "" for row in rows}
-        return [
+        items = [
             self._item(row, pictures, f"{file}, row {number}")
             for number, row in enumerate(rows, start=2)
         ]
+        turns = Counter(item.group for item in items)
+        for item in items:
+            item.extra["turns"] = turns[item.group]
+        return items
 
     def _item(self, row: Cells, pictures: dict[str, str], where: str) -> Item:
         require(row, ("index", "question", *_LETTERS, *(["answer"] if self.judged else [])), where)
@@ -126,10 +131,13 @@ class MMBench(Benchmark):
         return sums
 
     def tally_group(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The rows' tallies, and whether all rows of the question are right."""
+        """The rows' tallies, and whether all rows of the question are right.
+
+        A question that was not answered in every order is left out, and so is, as officially, one
+        whose first order is not in the file.
+        """
         sums = super().tally_group(rows)
-        # As officially, only questions whose first order is in the file are counted.
-        if "n/first" in sums:
+        if "n/first" in sums and len(rows) == rows[0].item.extra["turns"]:
             sums |= {"questions": 1.0, "circular": float(sums["right"] == sums["n"])}
         return sums
 

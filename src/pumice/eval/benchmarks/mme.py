@@ -107,12 +107,15 @@ class MME(Benchmark):
         return {f"n/{subtask}": 1.0, f"right/{subtask}": row.prediction.score or 0.0}
 
     def tally_group(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The rows' tallies, and whether all questions of the image are answered right."""
+        """The rows' tallies, and whether all questions of the image are answered right.
+
+        An image with an unanswered question is left out of the latter.
+        """
         sums = super().tally_group(rows)
-        subtask = rows[0].item.category
-        complete = len(rows) == rows[0].item.extra["questions"]
-        sums[f"images/{subtask}"] = 1.0
-        sums[f"both/{subtask}"] = float(complete and all(row.prediction.score for row in rows))
+        if len(rows) == rows[0].item.extra["questions"]:
+            subtask = rows[0].item.category
+            sums[f"images/{subtask}"] = 1.0
+            sums[f"both/{subtask}"] = float(all(row.prediction.score for row in rows))
         return sums
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:
