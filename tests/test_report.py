@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -233,3 +234,16 @@ def test_rows_and_examples_come_from_a_runs_files(tmp_path: Path) -> None:
     picked = pick_examples(pope, tmp_path, tmp_path / "out", 12)
     assert len(picked) == 4 and sum(example.right for example in picked) == 3
     assert all(re.fullmatch(r"Is there \d\?", example.question) for example in picked)
+
+
+def test_points_of_another_most_are_drawn_on_the_same_axis(tmp_path: Path) -> None:
+    rows = [
+        ScoreRow(title="MME", metric="perception", value=1500, interval=(1400, 1600), most=2000,
+                 base_rate=1000, n=9),
+        ScoreRow(title="POPE", metric="f1", value=75, interval=(70, 80), base_rate=50, n=9),
+    ]  # fmt: skip
+    path = tmp_path / "report.html"
+    write_report(path, replace(full_report(), scores=rows))
+    strips = re.findall(r'<svg class="strip" .*?</svg>', path.read_text())
+    assert strips[0] == strips[1]
+    assert "perception of 2,000" in path.read_text()

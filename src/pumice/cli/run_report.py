@@ -40,7 +40,11 @@ def report_run(
     path = out / "report.html"
     rows = [
         score_row(
-            own, BENCHMARKS[own.benchmark].title, BENCHMARKS[own.benchmark].headline, blind=other
+            own,
+            BENCHMARKS[own.benchmark].title,
+            BENCHMARKS[own.benchmark].headline,
+            blind=other,
+            most=BENCHMARKS[own.benchmark].most,
         )
         for own, other in zip(scores, shuffled, strict=True)
     ]

@@ -114,6 +114,8 @@ class Benchmark(ABC):
     title: str
     headline: str
     """The metric a table with one number per benchmark shows."""
+    most: float = 100.0
+    """What the headline can be at most."""
     max_new_tokens: int = 128
     decimals: int = 4
     missing_is_wrong: bool = False

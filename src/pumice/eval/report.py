@@ -32,7 +32,10 @@ LONG_ANSWER = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRow:
-    """One line of the score table; all values in percent, `value` None when withheld."""
+    """One line of the score table; `value` None when withheld.
+
+    Values are in percent, or of as many points as `most` says (MME: 2,000).
+    """
 
     title: str
     metric: str
@@ -43,6 +46,7 @@ class ScoreRow:
     n: int = 0
     unparsed: int = 0
     note: str = ""
+    most: float = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,7 @@ def score_row(
     metric: str,
     *,
     blind: Scores | None = None,
+    most: float = 100.0,
 ) -> ScoreRow:
     """The table line of one benchmark; `blind` are the scores of the shuffled-image control."""
 
@@ -109,6 +114,7 @@ def score_row(
         n=scores.n,
         unparsed=scores.unparsed,
         note=scores.notes[0] if scores.withheld and scores.notes else "",
+        most=most,
     )
 
 
@@ -208,8 +214,22 @@ def _score_table(scores: Sequence[ScoreRow]) -> str:
     )
 
 
+def _on_the_axis(
+    row: ScoreRow,
+) -> tuple[float | None, tuple[float, float] | None, float | None, float | None]:
+    """Value, interval, base rate and other image as parts of a hundred."""
+    part = 100 / row.most
+    value, base, blind = (
+        None if number is None else number * part
+        for number in (row.value, row.base_rate, row.blind)
+    )
+    interval = row.interval and (row.interval[0] * part, row.interval[1] * part)
+    return value, interval, base, blind
+
+
 def _score_line(row: ScoreRow) -> str:
-    small = f"{escape(row.metric)}, n = {row.n:,}"
+    of = "" if row.most == 100 else f" of {row.most:,.0f}"
+    small = f"{escape(row.metric)}{of}, n = {row.n:,}"
     if row.unparsed:
         small += f", {row.unparsed:,} unparsed"
     if row.value is None:
@@ -220,7 +240,7 @@ def _score_line(row: ScoreRow) -> str:
         low, high = row.interval
         score = f"<b>{row.value:.1f}</b><span>{low:.1f} to {high:.1f}</span>"
     note = f'<span class="note">{escape(row.note)}</span>' if row.note else ""
-    plot = interval_plot(row.value, row.interval, row.base_rate, row.blind)
+    plot = interval_plot(*_on_the_axis(row))
     return (
         f'<tr><td class="bench"><strong>{escape(row.title)}</strong><span>{small}</span>{note}</td>'
         f'<td class="num">{score}</td><td class="plot">{plot}</td>'

@@ -44,6 +44,7 @@ class MME(Benchmark):
     name = "mme"
     title = "MME"
     headline = "perception"
+    most = 200.0 * len(PERCEPTION)
     paper = True
     whole_groups = True
 
