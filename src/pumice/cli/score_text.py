@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pumice.cli.output import table
 
 if TYPE_CHECKING:
+    from pumice.eval.compare import Comparison
     from pumice.eval.scores import Scores
 
 
@@ -17,10 +18,11 @@ def score_table(all_scores: Sequence[Scores], shuffled: Sequence[Scores] = ()) -
     `shuffled` are the scores of the shuffled-image control, for a column beside the base rate.
     """
     other = {scores.benchmark: scores.metrics or {} for scores in shuffled}
-    titles = ["benchmark", "metric", "value", "95 % interval", "base rate", "n", "unparsed"]
+    titles = ["benchmark", "metric", "value", "95 % interval", "base rate"]
+    titles += ["n", "unparsed", "missing", "errors"]
     rows = [[*titles, "other image"] if other else titles]
     for scores in all_scores:
-        counts = (str(scores.n), str(scores.unparsed))
+        counts = [str(c) for c in (scores.n, scores.unparsed, scores.missing, scores.errors)]
         if scores.metrics is None:
             empty = [scores.benchmark, "withheld", "-", "-", "-", *counts]
             rows.append([*empty, "-"] if other else empty)
@@ -34,6 +36,22 @@ def score_table(all_scores: Sequence[Scores], shuffled: Sequence[Scores] = ()) -
                 row.append(_number(other.get(scores.benchmark, {}).get(name)))
             rows.append(row)
     return table(rows)
+
+
+def comparison_table(found: Sequence[Comparison]) -> str:
+    """One row per metric: both scores, B - A with its interval, and on how many items each won."""
+    rows = [
+        ["benchmark", "metric", "A", "B", "B - A", "95 % interval", "n", "images", "A won", "B won"]
+    ]
+    for one in found:
+        counts = [str(count) for count in (one.n, one.groups, one.a_better, one.b_better)]
+        for name, metric in one.metrics.items():
+            pair = metric.interval
+            interval = f"{pair[0]:+.2f} .. {pair[1]:+.2f}" if pair else "-"
+            gap = f"{metric.difference:+.2f}{' *' if metric.clear else ''}"
+            row = [one.benchmark, name, _number(metric.a), _number(metric.b), gap, interval]
+            rows.append([*row, *counts])
+    return f"{table(rows)}\n* zero lies outside the interval"
 
 
 def _number(value: float | None) -> str:

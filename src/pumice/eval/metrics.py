@@ -18,9 +18,12 @@ Metrics = dict[str, float]
 Reduce = Callable[[Sums], Mapping[str, Floats]]
 
 
-def evaluate(benchmark: Benchmark, rows: Sequence[Row]) -> Metrics:
-    """The benchmark's metrics over these rows; one that is undefined here is left out."""
-    return _reduce(benchmark, benchmark.metrics, rows)
+def evaluate(benchmark: Benchmark, rows: Sequence[Row], reduce: Reduce | None = None) -> Metrics:
+    """The benchmark's metrics over these rows; one that is undefined here is left out.
+
+    `reduce` is `category_metrics` for the rows of one slice.
+    """
+    return _reduce(benchmark, reduce or benchmark.metrics, rows)
 
 
 def by_category(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Metrics]:
@@ -46,14 +49,7 @@ def bootstrap(
     if not rows:
         return {}
     keys, sums = _tallies(benchmark, rows)
-    groups = len(sums)
-    rng = np.random.default_rng(seed)
-    blocks = []
-    for start in range(0, draws, _BLOCK):
-        size = min(_BLOCK, draws - start)
-        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=size)
-        blocks.append(times @ sums)
-    drawn = benchmark.metrics(Sums(keys, np.concatenate(blocks)))
+    drawn = benchmark.metrics(Sums(keys, _drawn(sums, draws, seed)))
     intervals = {}
     for name, values in drawn.items():
         known = values[~np.isnan(values)]
@@ -62,6 +58,25 @@ def bootstrap(
             digits = benchmark.decimals
             intervals[name] = (round(float(low), digits), round(float(high), digits))
     return intervals
+
+
+def paired_draws(
+    benchmark: Benchmark,
+    rows_a: Sequence[Row],
+    rows_b: Sequence[Row],
+    reduce: Reduce,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[Mapping[str, Floats], Mapping[str, Floats]]:
+    """float[draws] per metric of two sets of rows over the same items in the same order.
+
+    Draw k takes the same images for both.
+    """
+    (keys_a, sums_a), (keys_b, sums_b) = (_tallies(benchmark, rows) for rows in (rows_a, rows_b))
+    both = _drawn(np.concatenate([sums_a, sums_b], axis=1), draws, seed)
+    width = len(keys_a)
+    return reduce(Sums(keys_a, both[:, :width])), reduce(Sums(keys_b, both[:, width:]))
 
 
 def base_rate(benchmark: Benchmark, items: Sequence[Item]) -> Metrics:
@@ -88,6 +103,18 @@ def score_item(
             extra=dict(extra or {}),
         ),
     )
+
+
+def _drawn(sums: Floats, draws: int, seed: int) -> Floats:
+    """float[groups, names] -> float[draws, names]: the sums of as many groups, drawn anew."""
+    groups = len(sums)
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for start in range(0, draws, _BLOCK):
+        size = min(_BLOCK, draws - start)
+        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=size)
+        blocks.append(times @ sums)
+    return np.concatenate(blocks)
 
 
 def _tallies(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[list[str], Floats]:
