@@ -17,8 +17,9 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
-from pumice.infer.decoder import AnyDecoder, Decoder
+from pumice.infer.decoder import Decoder
 from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown
+from pumice.infer.plain_decoder import best_decoder
 from pumice.infer.prefixes import PrefixStore
 from pumice.infer.rows import Row, Span, name_of
 from pumice.infer.sampling import Sampler, check_sampling
@@ -65,6 +66,7 @@ class Engine:
         )
         self._hashes = ContentHashes()
         self._weights: tuple[tuple[int, int], ...] = ()
+        self._decoder: Decoder | None = None
 
     def generate(
         self,
@@ -136,7 +138,9 @@ class Engine:
         """A new scheduler that shares what this engine keeps of earlier requests."""
         with self.memory.lock:
             self._check_weights()
-            return Scheduler(self.lmm, self._decoder(), self.memory, limits)
+            if self._decoder is None:
+                self._decoder = best_decoder(self.lmm)
+            return Scheduler(self.lmm, self._decoder, self.memory, limits)
 
     def row(self, request: Request) -> Row:
         """A request checked and tokenised, its images unopened; raises PumiceError otherwise."""
@@ -212,15 +216,13 @@ class Engine:
 
         return sorted(rows, key=order)
 
-    def _decoder(self) -> Decoder:
-        return AnyDecoder(self.lmm)
-
     def _check_weights(self) -> None:
         """Forgets what other weights have computed, such as those of an earlier training step."""
         weights = tuple((p.data_ptr(), p._version) for p in self.lmm.parameters())
         if weights != self._weights:
             self.memory.features.clear()
             self.memory.prefixes.clear()
+            self._decoder = None
             self._weights = weights
 
 

@@ -1,0 +1,322 @@
+"""The engine beside transformers' generate on identical weights: decoding, batches, shared images.
+
+    python benchmarks/infer.py --rounds 5
+
+One thread, process CPU time, all contestants in turn round by round: the machine may be shared.
+Models: the shipped pocket, and a random one of 64 million parameters (Llama 512 wide, 8 blocks,
+vocabulary 32,000; CLIP 256 wide, 6 blocks, 224 pixels). Tokens must be equal in float32, or there
+is no result. Writes benchmarks/results/infer.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+import transformers
+from speed import machine, rounded
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers_llava import build_model
+
+import pumice
+from pumice.infer.engine import Engine
+from pumice.infer.scheduler import Limits
+from pumice.models.config import LMMConfig
+from pumice.models.constants import IMAGE_ID
+from pumice.models.lmm import LMM
+from pumice.models.pretrained import config_to_dict
+from pumice.models.quantize import quantize_language
+from pumice.processing.images import ImageSpec
+from pumice.processing.processor import Processor
+
+RESULTS = Path(__file__).resolve().parent / "results" / "infer.json"
+NEW = 64
+LENGTHS = (8, 16, 24, 32, 40, 48, 56, 64)
+QUESTIONS = 8
+
+
+def main() -> None:
+    """Measure both models and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/infer.py --rounds {arguments.rounds}",
+        "machine": machine(),
+        "clock": "CPU seconds of the process",
+        "read_gbyte_per_s": read_gbytes(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        pocket = pumice.load("pocket", device="cpu", dtype="float32")
+        for name, (lmm, processor) in {
+            "pocket": (pocket.lmm, pocket.processor),
+            "random 64M": mid_size(Path(folder)),
+        }.items():
+            record[name] = measure(lmm, processor, arguments.rounds)
+    arguments.out.write_text(json.dumps(rounded(record), indent=1) + "\n")
+
+
+def measure(lmm: LMM, processor: Processor, rounds: int) -> dict[str, Any]:
+    """All parts for one model; float32 first, int8 beside it."""
+    bench = Bench(lmm, processor, rounds)
+    return {
+        "decode_batch_1": bench.decode(),
+        "batch_8_mixed_lengths": bench.mixed(),
+        "questions_8_an_image": bench.questions(),
+        "first_token_under_load": bench.under_load(),
+    }
+
+
+class Bench:
+    """One model, as pumice and as transformers run it."""
+
+    def __init__(self, lmm: LMM, processor: Processor, rounds: int) -> None:
+        self.lmm, self.processor, self.rounds = lmm, processor, rounds
+        self.peer = build_model(lmm, processor).eval()
+        self.image_id = self.peer.config.image_token_index
+        self.pictures = [
+            PIL.Image.effect_noise((200, 160), 60 + n).convert("RGB") for n in range(2)
+        ]
+        words = list(processor.tokenizer.get_vocab())
+        plain = [word for word in words if word.isalpha() and word.isascii()]
+        self.words = plain or [word.removeprefix("\u2581") for word in words if len(word) > 3]
+
+    def request(self, number: int, picture: int, new: int) -> pumice.Request:
+        """A question of some thirty words, another for every number."""
+        text = " ".join(self.words[(number * 37 + place) % len(self.words)] for place in range(20))
+        sampling = pumice.Sampling(max_new_tokens=new, seed=number)
+        return pumice.Request((pumice.user(text, self.pictures[picture]),), sampling)
+
+    def engine(self, batch: int, lmm: LMM | None = None, **kept: int) -> Engine:
+        """An engine that never ends an answer early, as the peer is told not to."""
+        engine = Engine(lmm or self.lmm, self.processor, batch, **kept)
+        row = engine.row
+
+        def endless(request: pumice.Request) -> Any:
+            made = row(request)
+            made.answer._end_tokens, made.answer._stop = (), ()
+            return made
+
+        engine.row = endless  # type: ignore[method-assign]
+        return engine
+
+    def inputs(self, requests: Sequence[pumice.Request]) -> dict[str, torch.Tensor]:
+        """The same prompts as transformers takes them, padded on the left."""
+        encoded = [self.processor.encode_prompt(request.messages) for request in requests]
+        width = max(len(one.input_ids) for one in encoded)
+        ids = torch.tensor([[0] * (width - len(e.input_ids)) + e.input_ids for e in encoded])
+        mask = torch.tensor(
+            [[0] * (width - len(e.input_ids)) + [1] * len(e.input_ids) for e in encoded]
+        )
+        return {
+            "input_ids": ids.masked_fill(ids == IMAGE_ID, self.image_id),
+            "attention_mask": mask,
+            "pixel_values": torch.cat([one.pixel_values for one in encoded]),
+        }
+
+    @torch.inference_mode()
+    def generate(self, inputs: dict[str, torch.Tensor], new: int) -> torch.Tensor:
+        """transformers' own greedy generate, exactly `new` tokens a row."""
+        out: torch.Tensor = self.peer.generate(
+            **inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    def interleave(self, work: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        """CPU seconds of every contestant in every round."""
+        for run in work.values():
+            run()
+        seconds: dict[str, list[float]] = {name: [] for name in work}
+        names = list(work)
+        for number in range(self.rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                start = time.process_time()
+                work[name]()
+                seconds[name].append(time.process_time() - start)
+        return seconds
+
+    def decode(self) -> dict[str, Any]:
+        """Tokens a second at batch 1: what 63 more tokens cost beyond the first."""
+        engine = self.engine(1)
+        eight = self.engine(1, quantized(self.lmm, "int8"))
+        requests = {new: self.request(1, 0, new) for new in (1, NEW)}
+        inputs = self.inputs([requests[NEW]])
+        ours = engine.generate([requests[NEW]])[0].text
+        theirs = self.processor.decode(self.generate(inputs, NEW)[0].tolist()).strip()
+        if ours != theirs:
+            raise AssertionError(f"{ours!r} and {theirs!r}")
+        work: dict[str, Callable[[], Any]] = {}
+        for new in (1, NEW):
+            work[f"pumice {new}"] = lambda new=new: engine.generate([requests[new]])
+            work[f"pumice int8 {new}"] = lambda new=new: eight.generate([requests[new]])
+            work[f"transformers {new}"] = lambda new=new: self.generate(inputs, new)
+        seconds = self.interleave(work)
+        rates = {
+            name: [
+                (NEW - 1) / (long - short)
+                for long, short in zip(seconds[f"{name} {NEW}"], seconds[f"{name} 1"], strict=True)
+            ]
+            for name in ("pumice", "pumice int8", "transformers")
+        }
+        weights = sum(p.numel() for p in self.lmm.language.parameters()) * 4
+        if not self.lmm.language.config.tie_word_embeddings:
+            weights -= self.lmm.language.token_embeddings.numel() * 4
+        rate = statistics.median(rates["pumice"])
+        return {
+            "tokens_per_s": {name: statistics.median(found) for name, found in rates.items()},
+            "float32_over_transformers": ratio(rates["pumice"], rates["transformers"]),
+            "int8_over_float32": ratio(rates["pumice int8"], rates["pumice"]),
+            "weights_read_gbyte_per_s": weights * rate / 1e9,
+        }
+
+    def mixed(self) -> dict[str, Any]:
+        """Eight requests at once, 8 to 64 new tokens; nothing known from before."""
+        requests = [self.request(n, n % 2, new) for n, new in enumerate(LENGTHS)]
+        inputs = self.inputs(requests)
+        engine = self.engine(8, prefix_bytes=0, feature_bytes=0)
+        texts = [result.text for result in engine.generate(requests)]
+        out = self.generate(inputs, NEW)
+        for row, (text, new) in enumerate(zip(texts, LENGTHS, strict=True)):
+            if text != self.processor.decode(out[row, :new].tolist()).strip():
+                raise AssertionError(f"row {row} differs")
+        seconds = self.interleave(
+            {
+                "pumice": lambda: engine.generate(requests),
+                "transformers": lambda: self.generate(inputs, NEW),
+            }
+        )
+        return throughput(seconds, sum(LENGTHS), "tokens_per_s")
+
+    def questions(self) -> dict[str, Any]:
+        """Eight short questions about one image, each round with nothing known from before."""
+        requests = [self.request(n, 0, 4) for n in range(QUESTIONS)]
+        inputs = [self.inputs([request]) for request in requests]
+        together = self.inputs(requests)
+
+        def ours() -> list[pumice.Result]:
+            engine.memory.features.clear()
+            engine.memory.prefixes.clear()
+            return engine.generate(requests)
+
+        engine = self.engine(QUESTIONS)
+        texts = [result.text for result in ours()]
+        for text, one in zip(texts, inputs, strict=True):
+            if text != self.processor.decode(self.generate(one, 4)[0].tolist()).strip():
+                raise AssertionError(text)
+        seconds = self.interleave(
+            {
+                "pumice": ours,
+                "transformers": lambda: [self.generate(one, 4) for one in inputs],
+                "transformers batched": lambda: self.generate(together, 4),
+            }
+        )
+        return throughput(seconds, QUESTIONS, "questions_per_s")
+
+    def under_load(self) -> dict[str, Any]:
+        """CPU seconds until the first token of a request that comes while seven are answered."""
+        found: dict[str, list[float]] = {"alone": [], "beside 7": []}
+        for number in range(self.rounds):
+            for name, others in (("alone", 0), ("beside 7", 7)):
+                engine = self.engine(8)
+                scheduler = engine.scheduler(Limits(8, prefill_chunk=256))
+                for other in range(others):
+                    scheduler.add(engine.row(self.request(other, 1, 200)))
+                while others and len(scheduler.running.rows) < others:
+                    scheduler.step()
+                start = time.process_time()
+                row = engine.row(self.request(100 + number, 0, 2))
+                scheduler.add(row)
+                while not row.answer.new_tokens:
+                    scheduler.step()
+                found[name].append(time.process_time() - start)
+        return {f"{name}_ms": statistics.median(times) * 1e3 for name, times in found.items()}
+
+
+def quantized(lmm: LMM, method: Any) -> LMM:
+    """A copy with the language model's linear layers in 8 bits."""
+    twin = copy.deepcopy(lmm)
+    quantize_language(twin.language, method)
+    return twin.eval()
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """How many times the first is the second: median, least and largest over rounds."""
+    found = [a / b for a, b in zip(one, other, strict=True)]
+    return {"median": statistics.median(found), "least": min(found), "largest": max(found)}
+
+
+def throughput(seconds: dict[str, list[float]], count: int, unit: str) -> dict[str, Any]:
+    """Rates, and how many times as fast pumice is."""
+    rates = {name: [count / one for one in times] for name, times in seconds.items()}
+    return {
+        unit: {name: statistics.median(found) for name, found in rates.items()},
+        **{
+            f"over_{name.replace(' ', '_')}": ratio(rates["pumice"], found)
+            for name, found in rates.items()
+            if name != "pumice"
+        },
+    }
+
+
+def read_gbytes() -> float:
+    """What one thread reads of memory in a second: a matrix of 256 MiB times a vector, the best."""
+    table, vector = torch.ones(1024, 65536), torch.ones(1, 1024)
+    best = 0.0
+    for _ in range(7):
+        start = time.process_time()
+        torch.mm(vector, table)
+        best = max(best, table.numel() * 4 / 1e9 / (time.process_time() - start))
+    return best
+
+
+def mid_size(folder: Path) -> tuple[LMM, Processor]:
+    """The random model of 64 million parameters and a tokenizer of 32,000 words."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x00>": 3}
+    vocab |= {f"w{number}": number for number in range(4, 32000)}
+    words = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+        image_size=224, patch_size=14,
+    )  # fmt: skip
+    language = LlamaConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lmm = LMM.from_config(
+        LMMConfig(
+            vision=config_to_dict(vision), vision_layer=-2, vision_select="patch",
+            vision_norm=False,
+            connector="mlp2x_gelu", connector_options={}, tiling=None,
+            language=config_to_dict(language),
+        )
+    )  # fmt: skip
+    spec = ImageSpec("pad", 224)
+    processor = Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens)
+    return lmm.eval(), processor
+
+
+if __name__ == "__main__":
+    main()

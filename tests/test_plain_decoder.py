@@ -1,0 +1,132 @@
+"""The decoder with fewer operations: what transformers computes, or transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from pumice.core.types import Request, Sampling, user
+from pumice.infer.decoder import AnyDecoder
+from pumice.infer.engine import Engine
+from pumice.infer.plain_decoder import FAMILIES, PlainDecoder, best_decoder
+from pumice.models.language import LanguageModel
+from pumice.models.lmm import LMM
+from pumice.models.quantize import METHODS, pack_for_cpu, quantize_language
+from pumice.processing.processor import Processor
+from small_requests import Recorder, mixed
+
+
+def with_language(lmm: LMM, family: str, **more: Any) -> LMM:
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": lmm.language.vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": None,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            **more,
+        },
+    )
+    torch.manual_seed(1)
+    lmm.language = LanguageModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in lmm.language.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return lmm
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}),
+    ],
+)
+def test_it_computes_what_transformers_computes(
+    lmm: LMM,
+    processor: Processor,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    more: dict[str, Any],
+) -> None:
+    with_language(lmm, family, **more)
+    assert isinstance(best_decoder(lmm), PlainDecoder)
+    requests = mixed(pictures)
+    recorder = Recorder(monkeypatch)
+    fast = Engine(lmm, processor, 4).generate(requests)
+    found = recorder.take()
+    slow = Engine(lmm, processor, 4)
+    slow._decoder = AnyDecoder(lmm)
+    slow._weights = tuple((p.data_ptr(), p._version) for p in lmm.parameters())
+    assert slow.generate(requests) == fast
+    for (tokens, logits), (expected, theirs) in zip(found, recorder.take(), strict=True):
+        assert tokens == expected
+        torch.testing.assert_close(logits, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_layers_are_used_as_they_are(lmm: LMM, processor: Processor, method: Any) -> None:
+    requests = [Request((user(text),), Sampling(max_new_tokens=12)) for text in ("what", "a red")]
+    quantize_language(lmm.language, method)
+    pack_for_cpu(lmm)
+    fast = Engine(lmm, processor)
+    results = fast.generate(requests)
+    assert isinstance(fast._decoder, PlainDecoder)
+    slow = Engine(lmm, processor)
+    slow.scheduler(_limits())
+    slow._decoder = AnyDecoder(lmm)
+    assert slow.generate(requests) == results
+
+
+def _limits() -> Any:
+    from pumice.infer.scheduler import Limits
+
+    return Limits(1)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+        ("gemma", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_other_models_run_through_transformers(lmm: LMM, family: str, more: dict[str, Any]) -> None:
+    assert isinstance(best_decoder(with_language(lmm, family, **more)), AnyDecoder)
+
+
+def test_hooks_are_heard(lmm: LMM) -> None:
+    heard: list[object] = []
+    block = lmm.language.model.model.layers[1]  # type: ignore[union-attr, index]
+    handle = block.register_forward_hook(lambda module, given, out: heard.append(out))
+    assert isinstance(best_decoder(lmm), AnyDecoder)
+    handle.remove()
+    assert isinstance(best_decoder(lmm), PlainDecoder)
+
+
+def test_other_precisions_run_through_transformers(lmm: LMM) -> None:
+    assert isinstance(best_decoder(lmm.bfloat16()), AnyDecoder)
+
+
+def test_a_model_that_is_not_its_family_runs_through_transformers(
+    lmm: LMM, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = lmm.language.model.model.layers[0]  # type: ignore[union-attr, index]
+    forward = layer.forward
+    layer.forward = lambda *given, **more: forward(*given, **more) * 1.1
+    assert isinstance(best_decoder(lmm), AnyDecoder)
+    assert "does not compute what its family does" in caplog.text
