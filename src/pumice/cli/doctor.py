@@ -35,6 +35,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "convert": (_MODEL, ()),
     "tiles": (("torch", "numpy", "pillow"), ()),
     "world make": (("numpy", "pillow"), ()),
+    "world teacher": ((), ()),
     "world backbones": (_MODEL, ()),
 }
 

@@ -69,6 +69,30 @@ def backbones(
     say(str(out))
 
 
+@_group.command("teacher", epilog=example("pumice world teacher --port 8001"))
+def teacher(
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of answers and faults.")] = 0,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", metavar="NAME=SHARE", help="Such as rate_limit=0.1; repeatable."),
+    ] = None,
+    latency: Annotated[float, typer.Option("--latency", min=0.0, help="Seconds an answer.")] = 0.0,
+) -> None:
+    """Serve a scripted LLM at an OpenAI-compatible address.
+
+    It answers the data engine and the judges offline, and prints its address. Ctrl-C ends it.
+    """
+    import threading
+
+    from pumice.world.teacher import Teacher, parse_faults, teaching
+
+    scripted = Teacher(seed=seed, faults=parse_faults(fault or []), latency=latency)
+    with teaching(scripted, port) as url:
+        say(url)
+        threading.Event().wait()
+
+
 def ensure_world(
     out: Path, *, images: int, eval_images: int, seed: int, wide: bool = False
 ) -> None:
