@@ -121,6 +121,7 @@ def _run(
 ) -> None:
     from pumice.eval.choose import choose_benchmarks
     from pumice.eval.controls import CONTROLS
+    from pumice.eval.eval_report import report_eval
     from pumice.eval.locate import check_data_dir
     from pumice.eval.ranks import joined
     from pumice.eval.runner import run_benchmark
@@ -139,7 +140,7 @@ def _run(
                 loaded.generate,
                 benchmark,
                 data,
-                out / (benchmark.name if control is None else f"{benchmark.name}-{control}"),
+                out / _folder(benchmark.name, control),
                 weights=weights,
                 limit=limit,
                 control=control,
@@ -149,9 +150,16 @@ def _run(
             for benchmark in benchmarks
         ]
     if ranks.is_main:
+        folders = [out / _folder(benchmark.name, control) for benchmark in benchmarks]
+        report = report_eval(model, list(zip(benchmarks, folders, all_scores, strict=True)), out)
         _show(all_scores, as_json)
+        note(f"report: {report}")
     if any(scores.failed for scores in all_scores):
         raise typer.Exit(1)
+
+
+def _folder(benchmark: str, control: str | None) -> str:
+    return benchmark if control is None else f"{benchmark}-{control}"
 
 
 def _compare(

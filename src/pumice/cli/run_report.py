@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pumice
 from pumice.core.files import read_json, read_jsonl
 from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.browser import browse
 from pumice.eval.examples import pick_examples
+from pumice.eval.published import published_section
 from pumice.eval.report import Example, ReportData, Tiling, score_row, write_report
 from pumice.recipe.load import resolved_yaml
 from pumice.train.data_card import card_text
@@ -53,6 +55,10 @@ def report_run(
         title=f"{recipe.name}: report",
         about=recipe.about,
         scores=rows,
+        published=published_section(scores),
+        browser=browse(
+            [(BENCHMARKS[own.benchmark], out / "eval" / own.benchmark, own) for own in scores]
+        ),
         curves=_curves(out / "metrics.jsonl"),
         examples=examples,
         tiling=_tiling(results[-1].checkpoint, examples),

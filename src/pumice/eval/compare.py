@@ -91,9 +91,10 @@ def _compare(
     scores = [Scores.from_dict(read_json(folder / SCORES)) for folder in (a, b)]
     _check_protocols(scores[0].protocol, scores[1].protocol, a, b)
     benchmark = BENCHMARKS[scores[0].benchmark].with_options(scores[0].protocol.get("options", {}))
-    items = _items(benchmark, a, scores[0], data_dir)
+    items = items_of_run(benchmark, a, scores[0], data_dir)
     rows_a, rows_b = (
-        _rows(folder, benchmark, items, own) for folder, own in zip((a, b), scores, strict=True)
+        _answered(rows_of_run(folder, benchmark, items, own))
+        for folder, own in zip((a, b), scores, strict=True)
     )
     shared = [item for item in items if item.id in rows_a and item.id in rows_b]
     left_out = len(items) - len(shared)
@@ -232,7 +233,13 @@ def _check_protocols(
     )
 
 
-def _items(benchmark: Benchmark, folder: Path, scores: Scores, data_dir: Path | None) -> list[Item]:
+def items_of_run(
+    benchmark: Benchmark, folder: Path, scores: Scores, data_dir: Path | None = None
+) -> list[Item]:
+    """The items a run's directory was asked, read again from the official files.
+
+    Raises DataError when these are not there any more, or others.
+    """
     origin = scores.origin
     given = data_dir or (Path(origin["data"]) if "data" in origin else None)
     if given is None:
@@ -250,13 +257,17 @@ def _items(benchmark: Benchmark, folder: Path, scores: Scores, data_dir: Path | 
     return items
 
 
-def _rows(
+def rows_of_run(
     folder: Path, benchmark: Benchmark, items: Sequence[Item], scores: Scores
 ) -> dict[str, Row]:
+    """The rows in a run's directory by item id, errors among them."""
     control = scores.origin.get("control")
     key = {
         "protocol": fingerprint(row_protocol(benchmark, control=control)),
         "weights": scores.origin.get("weights", ""),
     }
-    rows = PredictionFiles(folder, benchmark, items, key).read()
+    return PredictionFiles(folder, benchmark, items, key).read()
+
+
+def _answered(rows: Mapping[str, Row]) -> dict[str, Row]:
     return {name: row for name, row in rows.items() if row.prediction.error is None}

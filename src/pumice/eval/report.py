@@ -1,13 +1,13 @@
 """report.html: one self-contained page on a run, to be read in a minute and sent by mail.
 
-No scripts, no outside files: the charts are inline SVG, the images are inside the page.
+No outside files: the charts are inline SVG, the images are inside the page, and the only script is
+the browser of predictions, where there is one.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -18,9 +18,11 @@ import numpy as np
 
 from pumice.core.files import write_atomic
 from pumice.core.images import open_image
+from pumice.eval.browser import Browser, script_hash
 from pumice.eval.charts import Point, interval_axis, interval_plot, loss_chart, running_mean
 from pumice.eval.metrics import Metrics
 from pumice.eval.scores import Scores
+from pumice.eval.yaml_colours import yaml_line
 
 # Pictures in the page are at most this wide and high; twice what a card shows, for sharp screens.
 PICTURE_SIZE = 520
@@ -28,6 +30,8 @@ PICTURE_SIZE = 520
 SMALL_PICTURE = 128
 # Longer answers are sentences and are not set in bold.
 LONG_ANSWER = 40
+# What is not in percent: MME counts up to 200 points for each of perception's ten kinds.
+_FULL = {"mme": 2000.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class ScoreRow:
     blind: float | None = None
     n: int = 0
     unparsed: int = 0
+    full: float = 100.0
     note: str = ""
     most: float = 100.0
 
@@ -88,6 +93,8 @@ class ReportData:
     recipe: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     costs: Sequence[Mapping[str, str]] = ()
+    published: str = ""
+    browser: Browser | None = None
     footnotes: Sequence[str] = ()
 
 
@@ -113,6 +120,7 @@ def score_row(
         blind=None if blind is None else pick(blind.metrics),
         n=scores.n,
         unparsed=scores.unparsed,
+        full=_FULL.get(scores.benchmark, 100.0),
         note=scores.notes[0] if scores.withheld and scores.notes else "",
         most=most,
     )
@@ -124,18 +132,21 @@ def write_report(path: Path, data: ReportData) -> None:
     sections = (
         _head(data),
         _score_table(data.scores),
+        data.published,
         _curves(data.curves),
         _examples(data.examples),
+        "" if data.browser is None else data.browser.section(),
         _tiling(data.tiling),
         _costs(data.costs),
         _recipe(data.recipe),
         _footer(data),
     )
+    scripts = "" if data.browser is None else f"; script-src {script_hash()}"
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'{scripts}\">\n"
         f"<title>{escape(data.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in sections if part)
         + "\n</main>\n</body>\n</html>\n"
@@ -185,7 +196,7 @@ def _head(data: ReportData) -> str:
         for name, value in data.facts.items()
     )
     return (
-        f'<header>\n<p class="kicker">pumice run report</p>\n<h1>{escape(data.title)}</h1>\n'
+        f'<header>\n<p class="kicker">pumice report</p>\n<h1>{escape(data.title)}</h1>\n'
         f'<p class="verdict">{escape(data.verdict or verdict(data.scores))}</p>\n{about}'
         + (f'\n<dl class="facts">{facts}</dl>' if facts else "")
         + "\n</header>"
@@ -363,30 +374,15 @@ def _costs(costs: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-_YAML_LINE = re.compile(r"^(\s*(?:- )?)([\w.\-]+)(:)(.*)$")
-
-
 def _recipe(recipe: str) -> str:
     if not recipe:
         return ""
-    body = "\n".join(_yaml_line(line) for line in recipe.rstrip().splitlines())
+    body = "\n".join(yaml_line(line) for line in recipe.rstrip().splitlines())
     return _section(
         "Recipe",
         "Every choice of the run; the same file runs it again.",
         f"<details><summary>recipe.yaml</summary>\n<pre>{body}</pre></details>",
     )
-
-
-def _yaml_line(line: str) -> str:
-    code, mark, remark = (
-        line.partition(" #") if not line.lstrip().startswith("#") else ("", line, "")
-    )
-    parts = _YAML_LINE.match(code)
-    shown = escape(code)
-    if parts:
-        indent, key, colon, value = map(escape, parts.groups())
-        shown = f'{indent}<span class="key">{key}</span>{colon}{value}'
-    return shown + (f'<span class="remark">{escape(mark + remark)}</span>' if mark else "")
 
 
 def _footer(data: ReportData) -> str:

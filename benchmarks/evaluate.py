@@ -1,0 +1,206 @@
+"""Questions per second of `pumice eval` beside transformers' generate, with the same answers.
+
+    python benchmarks/evaluate.py --threads 1 --rounds 5
+
+POPE-shaped (six questions an image) and MME-shaped (two) sets on the pocket model and on a mid-size
+model with random weights. pumice's time holds everything `run_benchmark` does: reading the official
+files, asking, writing, scoring with intervals. transformers' time holds reading and preparing the
+pictures, `generate` and decoding: one question at a time, as the reference protocol asks them, and
+in batches of 16 sorted by length. CPU time of one process, rounds interleaved.
+Writes benchmarks/results/evaluate.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from speed import machine, rounded
+from transformers_llava import Answering, build_model, build_processor
+
+import pumice
+from pumice.core.files import read_jsonl
+from pumice.core.shipped import resolve_model
+from pumice.eval.benchmark import Item
+from pumice.eval.benchmarks.pope import Pope
+from pumice.eval.runner import run_benchmark
+from pumice.models.checkpoint import save_checkpoint
+from pumice.models.lmm import LMM
+from pumice.processing.images import ImageSpec
+from pumice.processing.processor import Processor
+from pumice.world.datasets import make_world
+
+RESULTS = Path(__file__).resolve().parent / "results" / "evaluate.json"
+ROWS, NEW_TOKENS = 16, 8
+
+log = logging.getLogger("evaluate")
+
+
+class Shaped(Pope):
+    """POPE with so many questions an image and answers of at most `NEW_TOKENS` tokens."""
+
+    max_new_tokens = NEW_TOKENS
+    each, images = 6, 16
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """The first questions of the first images, POPE's three files among each other."""
+        by_image: dict[Path, list[Item]] = {}
+        for item in super().load(data_dir):
+            assert item.image is not None
+            by_image.setdefault(item.image, []).append(item)
+        groups = list(by_image.values())[: self.images]
+        # Asked as the files have them: the images come round again.
+        return [group[number] for number in range(self.each) for group in groups]
+
+
+def mid_size(folder: Path) -> Path:
+    """CLIP 256 wide, 6 layers, 224 pixels; Llama 512 wide, 8 layers, 32,000 words."""
+    from transformers import (
+        AutoTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    vision, language = folder / "vision", folder / "language"
+    torch.manual_seed(0)
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+            image_size=224, patch_size=14,
+        )
+    ).save_pretrained(vision)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("pocket"))
+    tokenizer.save_pretrained(language)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+            vocab_size=32_000, max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        # Only words the tokenizer has, and no broken bytes, which the two sides write differently.
+        model.lm_head.weight[len(tokenizer) :] = 0
+        broken = [tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in range(256)]
+        model.lm_head.weight[broken] = 0
+    model.save_pretrained(language)
+    lmm = LMM.from_backbones(vision, language, "mlp2x_gelu", -2, "patch").eval()
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    spec = ImageSpec(mode="pad", size=224, mean=mean, std=std)
+    processor = Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens)
+    save_checkpoint(folder / "model", lmm, processor.save, {})
+    return folder / "model"
+
+
+def measure(
+    checkpoint: Path, world: Path, folder: Path, shape: Shaped, rounds: int
+) -> dict[str, Any]:
+    """One model on one set: questions/s of each contestant and how many times as fast we are."""
+    processor = Processor.load(checkpoint)
+    items = shape.load(world)
+    asked = [(item.prompt, item.image) for item in items]
+    model = pumice.load(checkpoint, device="cpu", max_batch=ROWS)
+    peer = Answering(
+        build_model(model.lmm, processor),
+        build_processor(processor, checkpoint, model.lmm.vision.patch_size),
+        processor.end_token_ids,
+        NEW_TOKENS,
+    )
+    # As a careful user batches: neighbours of like length.
+    order = sorted(range(len(asked)), key=lambda index: len(asked[index][0]))
+
+    def own() -> list[str]:
+        # A model that has just been loaded, which knows no image and no prompt yet.
+        fresh = pumice.Model(model.lmm, model.processor, ROWS)
+        out = folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        run_benchmark(fresh.generate, shape, world, out)
+        return [row["text"] for _, row in read_jsonl(out / "predictions.jsonl")]
+
+    def batched() -> list[str]:
+        answers = dict(zip(order, peer([asked[index] for index in order], ROWS), strict=True))
+        return [answers[index] for index in range(len(asked))]
+
+    work: dict[str, Callable[[], list[str]]] = {
+        "pumice_eval": own,
+        "transformers_one_by_one": lambda: peer(asked, 1),
+        "transformers_batched": batched,
+    }
+    texts = {name: run() for name, run in work.items()}
+    for name, answers in texts.items():
+        if answers != texts["pumice_eval"]:
+            apart = [
+                pair
+                for pair in zip(texts["pumice_eval"], answers, strict=True)
+                if len(set(pair)) > 1
+            ]
+            raise AssertionError(f"{name}: {len(apart)} other answers, such as {apart[0]}")
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    names = list(work)
+    for number in range(rounds):
+        for name in names[number % 3 :] + names[: number % 3]:
+            start = time.process_time()
+            work[name]()
+            seconds[name].append(time.process_time() - start)
+    figures: dict[str, Any] = {"questions": len(asked), "images": shape.images}
+    for name, times in seconds.items():
+        ratios = [b / a for a, b in zip(seconds["pumice_eval"], times, strict=True)]
+        figures[name] = {
+            "questions_per_s": len(asked) / statistics.median(times),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+        }
+    log.warning("%s", json.dumps(rounded(figures)))
+    return figures
+
+
+def main() -> None:
+    """Measure both models on both sets and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/evaluate.py --threads {arguments.threads} "
+        f"--rounds {arguments.rounds} --images {arguments.images}",
+        "machine": machine(),
+        "clock": "CPU time of the process",
+        "max_new_tokens": NEW_TOKENS,
+    }
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        make_world(folder / "world", images=4, eval_images=3 * arguments.images)
+        models = {"pocket": resolve_model("pocket"), "mid_size": mid_size(folder)}
+        for name, checkpoint in models.items():
+            for title, each in (("pope_shaped", 6), ("mme_shaped", 2)):
+                shape = Shaped()
+                shape.each, shape.images = each, arguments.images
+                record[f"{name}, {title}"] = measure(
+                    checkpoint, folder / "world", folder, shape, arguments.rounds
+                )
+    text = json.dumps(rounded(record), indent=1) + "\n"
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
