@@ -62,7 +62,10 @@ def write_vizwiz(folder: Path, scenes: list[Scene], seed: int) -> None:
     rng = random.Random(f"vizwiz {seed}")
     rows = []
     for index, scene in enumerate(scenes):
-        (asked,) = language.questions(scene, 1, rng)
+        # Of a kind that the scene has no question of, none comes; every scene has a background.
+        asked = next(iter(language.questions(scene, 1, rng)), None)
+        asked = asked or language.ask(scene, "background", rng)
+        assert asked is not None
         text, short = asked.text, asked.short
         absent = [name for name in SHAPES if name not in {thing.shape for thing in scene.shapes}]
         if rng.random() < UNANSWERABLE:
