@@ -17,6 +17,7 @@ from pumice.core.shipped import BACKBONES, MODELS, shipped
 _MODEL = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 _RECIPE = ("pydantic", "pyyaml")
 _CLI = ("typer", "rich")
+_SERVE = ("fastapi", "uvicorn", "prometheus-client")
 
 # command -> packages it imports, shipped things its first example needs
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -27,6 +28,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "chat": (_MODEL, MODELS),
     "generate": (_MODEL, MODELS),
     "eval": (_MODEL, MODELS),
+    "serve": ((*_MODEL, *_SERVE), MODELS),
     "score": (("numpy", "pillow"), ()),
     "submit": (("numpy", "pillow"), ()),
     "data convert": (("pyyaml", "pydantic"), ()),
@@ -62,7 +64,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as plain values."""
-    versions = {name: _version(name) for name in (*_MODEL, *_RECIPE, *_CLI)}
+    versions = {name: _version(name) for name in (*_MODEL, *_RECIPE, *_CLI, *_SERVE)}
     here = {name: str(path) if (path := shipped(name)) else None for name in MODELS + BACKBONES}
     machine, problem = _machine()
     commands = {}

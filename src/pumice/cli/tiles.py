@@ -71,7 +71,7 @@ def tiles(
         plan = plan_image(picture.size, *setting)
         _draw(picture, plan, out)
     if as_json:
-        say_json(_record(plan))
+        say_json(plan.to_dict())
     else:
         say(_text(plan))
     if out is not None:
@@ -151,21 +151,6 @@ def _draw(picture: Any, plan: ImagePlan, out: Path) -> None:
     buffer = io.BytesIO()
     draw_plan(picture, plan, ImageSpec("pad", plan.tile)).save(buffer, "PNG")
     write_atomic(out, buffer.getvalue())
-
-
-def _record(plan: ImagePlan) -> dict[str, Any]:
-    return {
-        "target": list(plan.target),
-        "grid": list(plan.grid),
-        "tile": plan.tile,
-        "tokens": plan.tokens.to_dict(),
-        "scheme": plan.scheme,
-        "size": list(plan.size),
-        "resized": list(plan.resized),
-        "offset": list(plan.offset),
-        "views": plan.views,
-        "kept": {"rows": list(plan.keep_rows), "columns": list(plan.keep_cols)},
-    }
 
 
 def _text(plan: ImagePlan) -> str:

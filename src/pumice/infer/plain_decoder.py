@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from pumice.infer.cache import BufferCache, BufferLayer
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.models.cross_attention import Media
-from pumice.models.live_adapter import AdaptedLinear
 from pumice.models.lmm import LMM
 from pumice.models.quantize import QuantizedLinear
 
@@ -248,8 +247,6 @@ def _fits(lmm: LMM) -> bool:
     modules = list(language.model.modules())
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return False  # someone listens to, or changes, what the blocks say
-    if any(isinstance(module, AdaptedLinear) for module in modules):
-        return False  # an adapter that is kept beside the weights: it holds its layer inside
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
         return False

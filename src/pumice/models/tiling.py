@@ -174,6 +174,21 @@ class ImagePlan:
         """How many S x S pictures go through the vision backbone."""
         return int(self.global_view) + len(self.places)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, with the names of `pumice tiles --json`."""
+        return {
+            "target": list(self.target),
+            "grid": list(self.grid),
+            "tile": self.tile,
+            "tokens": self.tokens.to_dict(),
+            "scheme": self.scheme,
+            "size": list(self.size),
+            "resized": list(self.resized),
+            "offset": list(self.offset),
+            "views": self.views,
+            "kept": {"rows": list(self.keep_rows), "columns": list(self.keep_cols)},
+        }
+
 
 def plan_image(size: Pair, spec: TilingSpec, side: int | None, tokens_per_view: int) -> ImagePlan:
     """The plan of a picture of `size` (width, height).

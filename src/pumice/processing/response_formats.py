@@ -14,6 +14,7 @@ from pumice.core.registry import Registry
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CHINESE = "请直接回答选项字母。"
+DETAILED = "Answer in detail."
 CAPTION = "Provide a one-sentence caption for the provided image."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
@@ -41,6 +42,7 @@ FORMATS: Registry[str] = Registry(
         "short": SHORT,
         "letter": LETTER,
         "letter_chinese": LETTER_CHINESE,
+        "detailed": DETAILED,
         "caption": CAPTION,
         "unanswerable": f"{UNANSWERABLE}\n{SHORT}",
     },

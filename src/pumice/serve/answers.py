@@ -1,0 +1,125 @@
+"""One request from its arrival to its last token; it lets go when nobody listens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+from fastapi import Request
+
+from pumice.core.errors import PumiceError
+from pumice.core.types import Result
+from pumice.infer.online import Handle
+from pumice.serve.errors import ApiError
+from pumice.serve.schema import Reply, logprobs
+
+# How often a request without stream looks whether its client is still there.
+_LOOK = 0.25
+# An event tells that a result is there a moment before the result can be read.
+_MOMENT = 10.0
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
+async def whole_answers(handles: list[Handle], request: Request, seconds: float) -> list[Result]:
+    """The results of all choices; whatever happens, no request goes on afterwards."""
+    task = asyncio.gather(*(_finished(handle) for handle in handles))
+    deadline = asyncio.get_running_loop().time() + seconds
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=_LOOK)
+            if done:
+                return [_sound(result) for result in task.result()]
+            if await request.is_disconnected():
+                raise ClientGone
+            if asyncio.get_running_loop().time() > deadline:
+                raise too_slow(seconds)
+    finally:
+        _cancel(handles)
+        task.cancel()
+
+
+async def streamed(
+    handles: list[Handle],
+    reply: Reply,
+    *,
+    seconds: float,
+    with_usage: bool,
+    first_piece: Callable[[], None],
+) -> AsyncIterator[str]:
+    """Server-sent events of all choices; an error is an event, after which nothing comes."""
+    events: asyncio.Queue[tuple[int, str | Result]] = asyncio.Queue()
+
+    async def listen(index: int, handle: Handle) -> None:
+        with suppress(PumiceError):  # it stands in the result as well
+            async for piece in handle:
+                await events.put((index, piece))
+        await events.put((index, handle.result(_MOMENT)))
+
+    tasks = [asyncio.create_task(listen(index, handle)) for index, handle in enumerate(handles)]
+    results: dict[int, Result] = {}
+    deadline = asyncio.get_running_loop().time() + seconds
+    try:
+        for index in range(len(handles)):
+            yield event(reply.chunk(index, {"role": "assistant", "content": ""}))
+        while len(results) < len(handles):
+            left = deadline - asyncio.get_running_loop().time()
+            index, told = await asyncio.wait_for(events.get(), max(0.0, left))
+            first_piece()
+            if isinstance(told, str):
+                yield event(reply.chunk(index, {"content": told}))
+                continue
+            results[index] = _sound(told)
+            yield event(reply.chunk(index, {}, told.finish_reason, logprobs(told)))
+        if with_usage:
+            yield event(reply.usage_chunk([results[index] for index in range(len(handles))]))
+        yield "data: [DONE]\n\n"
+    except TimeoutError:
+        yield event(too_slow(seconds).body())
+    except ApiError as error:
+        yield event(error.body())
+    finally:
+        # Also when the client is gone: the server then closes this generator.
+        _cancel(handles)
+        for task in tasks:
+            task.cancel()
+
+
+def event(data: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def too_slow(seconds: float) -> ApiError:
+    """The answer took longer than a request may."""
+    return ApiError(
+        504,
+        f"the answer was not ready after {seconds:g} seconds, the most a request may take here; "
+        f"ask for fewer tokens (max_tokens), or again later.",
+    )
+
+
+async def _finished(handle: Handle) -> Result:
+    with suppress(PumiceError):  # it stands in the result as well
+        async for _ in handle:
+            pass
+    return handle.result(_MOMENT)
+
+
+def _sound(result: Result) -> Result:
+    """A result that is no error. What is wrong with a request was found before it was queued."""
+    if result.error is not None:
+        raise ApiError(500, f"the request could not be answered: {result.error}")
+    if result.finish_reason == "cancelled":
+        raise ApiError(503, "the server is stopping; the answer was not finished.")
+    return result
+
+
+def _cancel(handles: list[Handle]) -> None:
+    for handle in handles:
+        handle.cancel()

@@ -1,0 +1,105 @@
+"""Images from web addresses, off unless hosts are named: only those hosts, and never inwards.
+
+A server that fetches what a stranger names can be made to read its own network. So every address,
+also of a redirect, must be http or https, on the list, and resolve to public addresses alone; the
+connection goes to the very address that was checked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from pumice.core.errors import DataError
+
+MAX_REDIRECTS = 3
+_CHUNK = 2**16
+_MOVED = (301, 302, 303, 307, 308)
+
+
+def fetch_image(url: str, hosts: frozenset[str], *, max_bytes: int, seconds: float) -> bytes:
+    """The bytes behind a web address; DataError for what is not allowed, too large or too slow."""
+    deadline = time.monotonic() + seconds
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = _checked(url, hosts)
+        found = _get(url, parts, max_bytes, deadline)
+        if isinstance(found, bytes):
+            return found
+        url = urljoin(url, found)
+    raise DataError(f"the image {url[:80]} is redirected more than {MAX_REDIRECTS} times.")
+
+
+def _checked(url: str, hosts: frozenset[str]) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise DataError(f"the image {url[:80]!r} is no web address: {error}.") from error
+    allowed = ", ".join(sorted(hosts)) or "none"
+    if parts.scheme not in ("http", "https") or parts.username or parts.password:
+        raise DataError(
+            f"the image {url[:80]!r} cannot be fetched; http and https addresses without a "
+            f"password are allowed. Send it as a data URI."
+        )
+    if host.lower() not in hosts or port not in (None, 80, 443):
+        raise DataError(
+            f"the image {url[:80]!r} lies on {host!r}, which is not a host to fetch from "
+            f"(allowed: {allowed}; ports 80 and 443). Send it as a data URI."
+        )
+    return parts
+
+
+def _public_address(host: str, port: int) -> str:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise DataError(f"the image's host {host!r} is not found: {error}.") from error
+    addresses = [str(entry[4][0]) for entry in found]
+    inward = [a for a in addresses if not ipaddress.ip_address(a.split("%")[0]).is_global]
+    if inward or not addresses:
+        raise DataError(
+            f"the image's host {host!r} is {inward[0] if inward else 'nowhere'}, an address that "
+            f"is not public; nothing is fetched from there. Send the image as a data URI."
+        )
+    return addresses[0]
+
+
+def _get(url: str, parts: SplitResult, max_bytes: int, deadline: float) -> bytes | str:
+    """The body, or the address a redirect names."""
+    host = parts.hostname or ""
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    left = max(0.1, deadline - time.monotonic())
+    connection = http.client.HTTPConnection(host, port, timeout=left)
+    try:
+        raw = socket.create_connection((_public_address(host, port), port), timeout=left)
+        connection.sock = (
+            ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
+        )
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "pumice"})
+        response = connection.getresponse()
+        if response.status in _MOVED:
+            return response.headers.get("Location", "")
+        if response.status != 200:
+            raise DataError(f"the image {url[:80]!r} answers with HTTP {response.status}.")
+        return _read(url, response, max_bytes, deadline)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise DataError(f"the image {url[:80]!r} cannot be fetched: {error}.") from error
+    finally:
+        connection.close()
+
+
+def _read(url: str, response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    body = bytearray()
+    while chunk := response.read1(_CHUNK):
+        body += chunk
+        if len(body) > max_bytes:
+            raise DataError(f"the image {url[:80]!r} has more than {max_bytes} bytes.")
+        if time.monotonic() > deadline:
+            raise DataError(f"the image {url[:80]!r} took too long to fetch.")
+    return bytes(body)

@@ -1,0 +1,229 @@
+"""The HTTP server: OpenAI's chat API on one model, its health and numbers, and the page on /.
+
+The engine runs in a thread of its own (`infer.online`); paths here check what came, hand it over,
+and pass the answer on. Whatever a client sends, the process goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from pumice.core.errors import PumiceError
+from pumice.core.types import Message, Sampling
+from pumice.core.types import Request as Question
+from pumice.infer.model import Model
+from pumice.infer.online import BusyError, Handle, Online
+from pumice.processing.response_formats import FORMATS
+from pumice.serve.answers import ClientGone, streamed, whole_answers
+from pumice.serve.errors import ApiError, answer_api_error, answer_http_error, answer_invalid
+from pumice.serve.guard import Guard
+from pumice.serve.limits import Limits
+from pumice.serve.metrics import Metrics
+from pumice.serve.pictures import read_messages
+from pumice.serve.schema import ChatRequest, Reply
+
+log = logging.getLogger(__name__)
+
+VERSION = metadata.version("pumice")
+WEB = Path(__file__).parent / "web"
+# The page loads nothing from elsewhere, and nobody may put it into a frame.
+_PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
+)
+_CLIENT_GONE = 499
+# The response formats that the page offers beside none.
+PAGE_FORMATS = ("short", "letter", "detailed")
+Side = Annotated[int, Query(ge=1, le=1_000_000)]
+
+
+class Server:
+    """One model with its engine, limits and numbers; `app` is what uvicorn runs."""
+
+    def __init__(
+        self, model: Model, name: str, *, limits: Limits | None = None, api_key: str | None = None
+    ) -> None:
+        self.model, self.name = model, name
+        self.limits = limits or Limits()
+        self.started = int(time.time())
+        self.online = Online(
+            model.engine,
+            token_budget=self.limits.token_budget,
+            max_waiting=self.limits.max_waiting,
+        )
+        self.metrics = Metrics(self.online.counters)
+        self.app = self._app(api_key)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        self._check_model(body.model)
+        start = time.monotonic()
+        handles = await run_sync(self._submit, body)
+        reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.name)
+        if not body.stream:
+            try:
+                results = await whole_answers(handles, request, self.limits.seconds)
+            except ClientGone:
+                return Response(status_code=_CLIENT_GONE)
+            return JSONResponse(reply.whole(results))
+        told = False
+
+        def first_piece() -> None:
+            nonlocal told
+            if not told:
+                self.metrics.first_token.observe(time.monotonic() - start)
+            told = True
+
+        events = streamed(
+            handles,
+            reply,
+            seconds=self.limits.seconds,
+            with_usage=bool(body.stream_options and body.stream_options.include_usage),
+            first_piece=first_piece,
+        )
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+
+    def models(self) -> dict[str, Any]:
+        """GET /v1/models."""
+        entry = {"id": self.name, "object": "model", "created": self.started, "owned_by": "pumice"}
+        return {"object": "list", "data": [entry]}
+
+    def health(self) -> dict[str, Any]:
+        """GET /health."""
+        now = self.online.counters()
+        return {
+            "status": "ok",
+            "model": self.name,
+            "version": VERSION,
+            "running": now.running + now.reading,
+            "waiting": now.waiting,
+        }
+
+    def page_settings(self) -> dict[str, Any]:
+        """GET /page/settings: what the page must know of this server."""
+        return {
+            "model": self.name,
+            "max_new_tokens": self.limits.max_new_tokens,
+            "formats": {"": "", **{name: FORMATS[name] for name in PAGE_FORMATS}},
+        }
+
+    def image_plan(self, width: Side, height: Side) -> dict[str, Any]:
+        """GET /page/image-plan: what becomes of a picture of this size; the page draws it.
+
+        `plan` is null where every picture is one view, which `mode` says how to make.
+        """
+        processor = self.model.processor
+        plan = processor.plan((width, height))
+        return {
+            "image_tokens": processor.image_positions(plan),
+            "mode": processor.image_spec.mode,
+            "view": processor.image_spec.size,
+            "plan": None if plan is None else plan.to_dict(),
+        }
+
+    def _submit(self, body: ChatRequest) -> list[Handle]:
+        """Checks and queues every choice, or none of them."""
+        handles: list[Handle] = []
+        try:
+            messages = read_messages(body.messages, self.limits)
+            sampling = body.sampling(self.limits.max_new_tokens)
+            if sampling.max_new_tokens > self.limits.max_new_tokens:
+                raise ApiError(
+                    400,
+                    f"max_tokens is {sampling.max_new_tokens}; at most "
+                    f"{self.limits.max_new_tokens} are answered here.",
+                    param="max_tokens",
+                )
+            for question in _choices(messages, sampling, body.n):
+                handles.append(self.online.submit(question))
+        except BusyError as error:
+            self._cancel(handles)
+            raise ApiError(429, str(error), code="rate_limit_exceeded") from error
+        except PumiceError as error:
+            self._cancel(handles)
+            raise ApiError(400, str(error), param="messages") from error
+        return handles
+
+    def _cancel(self, handles: list[Handle]) -> None:
+        for handle in handles:
+            handle.cancel()
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"the model {name!r:.80} is not served here; this server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _app(self, api_key: str | None) -> FastAPI:
+        @asynccontextmanager
+        async def life(app: FastAPI) -> AsyncIterator[None]:
+            yield
+            await run_sync(self.online.close, self.limits.drain_seconds)
+
+        app = FastAPI(title="pumice", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/metrics", self._metrics, methods=["GET"])
+        app.add_api_route("/page/settings", self.page_settings, methods=["GET"])
+        app.add_api_route("/page/image-plan", self.image_plan, methods=["GET"])
+        app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
+        app.mount("/page", StaticFiles(directory=WEB), name="page")
+        app.add_exception_handler(ApiError, answer_api_error)
+        app.add_exception_handler(HTTPException, answer_http_error)
+        app.add_exception_handler(RequestValidationError, answer_invalid)
+        app.add_exception_handler(Exception, _answer_fault)
+        app.add_middleware(
+            Guard,
+            api_key=api_key,
+            max_body_bytes=self.limits.max_body_bytes,
+            counted=self._count,
+        )
+        return app
+
+    def _metrics(self) -> Response:
+        """GET /metrics: Prometheus' text format."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _count(self, path: str, status: int, seconds: float) -> None:
+        self.metrics.requests.labels(path, str(status)).inc()
+        self.metrics.seconds.labels(path).observe(seconds)
+
+
+def _choices(messages: tuple[Message, ...], sampling: Sampling, count: int) -> list[Question]:
+    """The same question for every choice, each with a seed of its own."""
+    return [
+        Question(messages, replace(sampling, seed=sampling.seed + index)) for index in range(count)
+    ]
+
+
+def _page() -> Response:
+    """GET /: one page to try the model."""
+    text = (WEB / "index.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+    return Response(text, media_type="text/html; charset=utf-8", headers=headers)
+
+
+async def _answer_fault(request: Request, error: Exception) -> JSONResponse:
+    """A fault of ours: logged with its trace, told without it."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return ApiError(500, "the server made a mistake; its log says which.").response()

@@ -1,0 +1,364 @@
+// The page speaks to the same endpoint as every other client: /v1/chat/completions, streamed.
+
+const $ = (id) => document.getElementById(id);
+
+// What the server says of itself; models tuned on one wording of a format answer worse to another.
+const settings = await (await fetch("/page/settings")).json();
+
+let talk = []; // OpenAI chat messages
+let shown = []; // images of the next question: {uri, plan, image}
+let running = null; // AbortController of the answer on its way
+
+// requests
+
+function headers() {
+  const key = $("key").value.trim();
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
+function body(messages, stream = true) {
+  return {
+    messages,
+    max_tokens: Number($("length").value),
+    temperature: Number($("temperature").value),
+    ...(Number($("temperature").value) > 0 && { seed: Math.floor(Math.random() * 2 ** 31) }),
+    ...(stream && { stream: true, stream_options: { include_usage: true } }),
+  };
+}
+
+async function failure(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `the server answered with HTTP ${response.status}`;
+  }
+}
+
+// The JSON objects of a stream of server-sent events.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const parts = text.split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+async function answer(messages, bubble) {
+  running = new AbortController();
+  busy(true);
+  let text = "";
+  let usage = null;
+  try {
+    const response = await fetch("/v1/chat/completions", {
+      method: "POST",
+      headers: headers(),
+      body: JSON.stringify(body(messages)),
+      signal: running.signal,
+    });
+    if (!response.ok) throw new Error(await failure(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      text += event.choices[0]?.delta.content ?? "";
+      usage = event.usage ?? usage;
+      bubble.firstChild.data = text;
+      follow();
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      bubble.classList.add("error");
+      bubble.firstChild.data = text + (text ? "\n" : "") + error.message;
+      return null;
+    }
+  } finally {
+    running = null;
+    busy(false);
+    bubble.classList.remove("waiting");
+  }
+  bubble.firstChild.data = text || "(no answer)";
+  if (usage) bubble.append(note(told(usage)));
+  follow();
+  return text;
+}
+
+function told(usage) {
+  const { image_tokens: image, cached_tokens: cached } = usage.prompt_tokens_details;
+  const parts = [`${usage.prompt_tokens} positions read`];
+  if (image) parts.push(`${image} of them image`);
+  if (cached) parts.push(`${cached} known already`);
+  return `${parts.join(", ")}; ${usage.completion_tokens} tokens said`;
+}
+
+// the talk
+
+async function ask(event) {
+  event.preventDefault();
+  const question = $("text").value.trim();
+  if (running || !question) return;
+  const format = settings.formats[new FormData($("ask")).get("format")];
+  const text = format ? `${question}\n${format}` : question;
+  const message = {
+    role: "user",
+    content: [
+      ...shown.map((one) => ({ type: "image_url", image_url: { url: one.uri } })),
+      { type: "text", text },
+    ],
+  };
+  const asked = turn("user", question);
+  if (format) asked.append(note(format));
+  if (shown.length) {
+    const images = document.createElement("div");
+    images.className = "images";
+    images.append(...shown.map((one) => figure(one)));
+    asked.prepend(images);
+  }
+  const kept = shown;
+  clearQuestion();
+  const bubble = turn("assistant", "");
+  bubble.classList.add("waiting");
+  const said = await answer([...talk, message], bubble);
+  if (said === null || !said.trim()) {
+    // What was not answered is no part of the talk; the question stays to be sent again.
+    $("text").value = question;
+    shown = kept;
+    showImages();
+  } else {
+    talk.push(message, { role: "assistant", content: said.trim() });
+  }
+  fit();
+  $("text").focus();
+}
+
+function clearQuestion() {
+  $("text").value = "";
+  shown = [];
+  showImages();
+  fit();
+}
+
+function turn(kind, text) {
+  const bubble = document.createElement("div");
+  bubble.className = `turn ${kind}`;
+  bubble.append(document.createTextNode(text));
+  $("talk").append(bubble);
+  follow();
+  return bubble;
+}
+
+function note(text) {
+  const line = document.createElement("span");
+  line.className = "quiet";
+  line.textContent = text;
+  return line;
+}
+
+function follow() {
+  $("talk").scrollTop = $("talk").scrollHeight;
+}
+
+function busy(is) {
+  $("send").hidden = is;
+  $("stop").hidden = !is;
+}
+
+// images
+
+async function add(files) {
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) {
+      turn("error", `${file.name || "what was given"} is no image`);
+      continue;
+    }
+    const uri = await new Promise((done) => {
+      const reader = new FileReader();
+      reader.onload = () => done(reader.result);
+      reader.readAsDataURL(file);
+    });
+    const image = new Image();
+    image.src = uri;
+    try {
+      await image.decode();
+    } catch {
+      turn("error", `${file.name || "the image"} cannot be read as an image`);
+      continue;
+    }
+    shown.push({ uri, image, plan: await plan(image) });
+  }
+  showImages();
+  $("text").focus();
+}
+
+async function plan(image) {
+  const query = `width=${image.naturalWidth}&height=${image.naturalHeight}`;
+  const response = await fetch(`/page/image-plan?${query}`, { headers: headers() });
+  return response.ok ? response.json() : null;
+}
+
+function showImages() {
+  $("shown").replaceChildren(
+    ...shown.map((one, place) => {
+      const remove = document.createElement("button");
+      remove.type = "button";
+      remove.textContent = "×";
+      remove.title = remove.ariaLabel = "Take the image away";
+      remove.onclick = () => {
+        shown.splice(place, 1);
+        showImages();
+      };
+      const element = figure(one);
+      element.append(remove);
+      return element;
+    }),
+  );
+}
+
+// The picture as the model gets it: on its canvas, cut into tiles, with the tokens it becomes.
+function figure({ image, plan }) {
+  const element = document.createElement("figure");
+  const canvas = document.createElement("canvas");
+  const tiled = plan?.plan;
+  const [width, height] = tiled ? tiled.target : [image.naturalWidth, image.naturalHeight];
+  const scale = Math.min(1, 640 / Math.max(width, height));
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  const draw = canvas.getContext("2d");
+  draw.scale(canvas.width / width, canvas.height / height);
+  if (tiled) drawTiles(draw, image, tiled, scale);
+  else draw.drawImage(image, 0, 0, width, height);
+  element.append(canvas);
+  const caption = document.createElement("figcaption");
+  caption.textContent = describe(image, plan);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", caption.textContent);
+  element.append(caption);
+  return element;
+}
+
+function drawTiles(draw, image, tiled, scale) {
+  const [width, height] = tiled.target;
+  draw.fillStyle = "#7a7669";
+  draw.fillRect(0, 0, width, height);
+  draw.drawImage(image, ...tiled.offset, ...tiled.resized);
+  draw.strokeStyle = "#f0916b";
+  draw.lineWidth = 2 / scale;
+  for (let column = 0; column < tiled.grid[0]; column++)
+    for (let row = 0; row < tiled.grid[1]; row++)
+      draw.strokeRect(column * tiled.tile, row * tiled.tile, tiled.tile, tiled.tile);
+}
+
+function describe(image, plan) {
+  const size = `${image.naturalWidth} × ${image.naturalHeight}`;
+  if (!plan) return size;
+  if (!plan.plan) return `${size}: ${plan.image_tokens} image tokens`;
+  const { grid, tokens } = plan.plan;
+  const whole = tokens.global ? `${tokens.global} of the whole, ` : "";
+  return `${size}: ${grid[0]} × ${grid[1]} tiles, ${plan.image_tokens} image tokens (${whole}${tokens.tiles} of tiles, ${tokens.row_end} row ends)`;
+}
+
+// copying
+
+function question() {
+  const text = $("text").value.trim() || "What is in the image?";
+  const url = shown[0]?.uri ?? "data:image/png;base64,...";
+  const picture = { type: "image_url", image_url: { url } };
+  return [...talk, { role: "user", content: [picture, { type: "text", text }] }];
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    $("copied").textContent = "copied";
+  } catch {
+    $("copied").textContent = "the browser does not allow copying";
+  }
+}
+
+function asCurl() {
+  const data = JSON.stringify(body(question(), false)).replaceAll("'", "'\\''");
+  const key = $("key").value.trim() ? " -H 'Authorization: Bearer KEY'" : "";
+  return `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json'${key} -d '${data}'`;
+}
+
+function asPython() {
+  const { messages, max_tokens, temperature } = body(question(), false);
+  return [
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url="${location.origin}/v1", api_key="KEY")`,
+    "answer = client.chat.completions.create(",
+    `    model=${JSON.stringify($("model").textContent)},`,
+    `    messages=${JSON.stringify(messages)},`,
+    `    max_tokens=${max_tokens},`,
+    `    temperature=${temperature},`,
+    ")",
+    "print(answer.choices[0].message.content)",
+  ].join("\n");
+}
+
+// the page itself
+
+function fit() {
+  $("text").style.height = "auto";
+  $("text").style.height = `${$("text").scrollHeight + 2}px`;
+}
+
+function reset() {
+  running?.abort();
+  talk = [];
+  $("talk").replaceChildren();
+  clearQuestion();
+  $("text").focus();
+}
+
+$("ask").addEventListener("submit", ask);
+$("text").addEventListener("input", fit);
+$("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+});
+$("stop").onclick = () => running?.abort();
+$("reset").onclick = reset;
+$("choose").onclick = () => $("file").click();
+$("file").onchange = async () => {
+  await add([...$("file").files]);
+  $("file").value = "";
+};
+$("curl").onclick = () => copy(asCurl());
+$("python").onclick = () => copy(asPython());
+for (const name of ["temperature", "length"])
+  $(name).oninput = () => ($(`${name}-shown`).value = $(name).value);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+});
+document.addEventListener("paste", (event) => {
+  const files = [...event.clipboardData.files];
+  if (files.length) {
+    event.preventDefault();
+    add(files);
+  }
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  $("drop").hidden = false;
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) $("drop").hidden = true;
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").hidden = true;
+  add([...event.dataTransfer.files]);
+});
+
+$("key").value = sessionStorage.getItem("key") ?? "";
+$("key").onchange = () => sessionStorage.setItem("key", $("key").value);
+$("model").textContent = settings.model;
+$("length").max = settings.max_new_tokens;
+$("text").focus();

@@ -1,0 +1,40 @@
+"""A server on a port of its own, for the tests of the API and of the page."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from pumice.infer.model import Model
+from pumice.serve.limits import Limits
+from pumice.serve.server import Server
+
+
+class Running:
+    """A server on a port of its own."""
+
+    def __init__(self, model: Model, limits: Limits, api_key: str | None = None) -> None:
+        self.server = Server(model, "pocket", limits=limits, api_key=api_key)
+        config = uvicorn.Config(self.server.app, port=0, log_level="error", lifespan="on")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+        port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def post(self, **body: Any) -> httpx2.Response:
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def stop(self) -> None:
+        self.http.close()
+        self.uvicorn.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()

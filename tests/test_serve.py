@@ -1,0 +1,337 @@
+"""The server as clients meet it: a real port, raw HTTP and OpenAI's client, good and bad input."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from PIL import Image
+
+from pumice.core.errors import DataError
+from pumice.infer.model import Model, load
+from pumice.infer.online import Counters
+from pumice.serve import remote_images
+from pumice.serve.limits import Limits
+from pumice.world.scenes import random_scene, render
+from serving import Running
+
+KEY = "a-key"
+LIMITS = Limits(max_images=3, max_image_bytes=200_000, max_body_bytes=600_000, max_new_tokens=64,
+                max_pixels=1_000_000, max_waiting=4, seconds=60.0, drain_seconds=1.0)  # fmt: skip
+QUESTION = "What color is the background?"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load("pocket", max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def running(model: Model) -> Iterator[Running]:
+    server = Running(model, LIMITS, KEY)
+    yield server
+    server.stop()
+
+
+def picture(seed: int = 1, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    render(random_scene(seed)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def messages(*images: str, text: str = QUESTION) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": i}} for i in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def events(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_it_answers_as_the_model_does_whole_and_streamed(running: Running, model: Model) -> None:
+    asked = messages(uri(picture()), text="What do you see in the image?")
+    wanted = model.ask("What do you see in the image?", images=[picture()], max_new_tokens=40)
+    whole = running.post(messages=asked, max_tokens=40, logprobs=True, top_logprobs=2).json()
+    [choice] = whole["choices"]
+    assert choice["message"]["content"] == wanted.text
+    assert choice["finish_reason"] == wanted.finish_reason
+    assert whole["usage"]["prompt_tokens"] == wanted.prompt_tokens
+    assert whole["usage"]["completion_tokens"] == wanted.new_tokens
+    assert whole["usage"]["prompt_tokens_details"]["image_tokens"] == 36
+    told = choice["logprobs"]["content"]
+    assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in told)
+    stream = running.post(
+        messages=asked, max_tokens=40, stream=True, stream_options={"include_usage": True}
+    )
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    pieces = events(stream.text)
+    text = "".join(p["choices"][0]["delta"].get("content", "") for p in pieces if p["choices"])
+    assert text == wanted.text and len(pieces) > 5
+    assert pieces[-1]["usage"]["completion_tokens"] == wanted.new_tokens
+    assert pieces[-2]["choices"][0]["finish_reason"] == wanted.finish_reason
+
+
+def test_openai_s_own_client(running: Running) -> None:
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
+    assert [entry.id for entry in client.models.list()] == ["pocket"]
+    asked: Any = messages(uri(picture()))
+    answer = client.chat.completions.create(model="pocket", messages=asked, max_tokens=20)
+    stream = client.chat.completions.create(
+        model="pocket", messages=asked, max_tokens=20, stream=True
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in stream)
+    assert text == answer.choices[0].message.content
+    drawn = [
+        client.chat.completions.create(
+            model="pocket", messages=asked, n=3, temperature=1.5, seed=7, max_tokens=12
+        )
+        for _ in range(2)
+    ]
+    texts = [[choice.message.content for choice in one.choices] for one in drawn]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here"):
+        client.chat.completions.create(model="gpt-9", messages=asked)
+    with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0).models.list()
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(running: Running, model: Model) -> None:
+    cases = [(picture(seed), f"{QUESTION} {'Now' * (seed % 3)}") for seed in range(12)]
+    wanted = [model.ask(text, images=[data], max_new_tokens=16).text for data, text in cases]
+
+    def ask(case: tuple[bytes, str]) -> str:
+        while True:
+            answer = running.post(messages=messages(uri(case[0]), text=case[1]), max_tokens=16)
+            if answer.status_code != 429:
+                return str(answer.json()["choices"][0]["message"]["content"])
+            assert answer.headers["retry-after"] == "1"
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, cases)) == wanted
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no messages": ({}, "messages"),
+    "empty": ({"messages": []}, "messages"),
+    "role": ({"messages": [{"role": "boss", "content": "x"}]}, "role"),
+    "part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "type"),
+    "unknown field": ({"messages": messages(), "tempature": 1}, "tempature"),
+    "tools": ({"messages": messages(), "tools": [{"type": "function"}]}, "tools"),
+    "penalty": ({"messages": messages(), "frequency_penalty": 0.5}, "frequency_penalty"),
+    "temperature": ({"messages": messages(), "temperature": "hot"}, "temperature"),
+    "too hot": ({"messages": messages(), "temperature": 9}, "temperature"),
+    "too long": ({"messages": messages(), "max_tokens": 65}, "at most 64"),
+    "both lengths": ({"messages": messages(), "max_tokens": 3, "max_completion_tokens": 4}, "give"),
+    "many choices": ({"messages": messages(), "n": 99}, "n:"),
+    "stream options": ({"messages": messages(), "stream_options": {}}, "stream"),
+    "surrogate": ({"messages": messages(text="\ud800")}, "half a character"),
+    "web address": ({"messages": messages("http://example.com/a.png")}, "fetches none"),
+    "a file": ({"messages": messages("/etc/passwd")}, "only data URIs"),
+    "file scheme": ({"messages": messages("file:///etc/passwd")}, "only data URIs"),
+    "base64": ({"messages": messages("data:image/png;base64,####")}, "base64"),
+    "no comma": ({"messages": messages("data:image/png")}, "comma"),
+    "empty image": ({"messages": messages("data:image/png;base64,")}, "image"),
+    "svg": ({"messages": messages(uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>"))}, "image"),
+    "text": ({"messages": messages(uri(b"hello there"))}, "image"),
+    "cut short": ({"messages": messages(uri(picture()[:300]))}, "image"),
+    "four images": ({"messages": messages(*[uri(picture())] * 4)}, "at most 3"),
+    "many bytes": ({"messages": messages(uri(bytes(200_001)))}, "at most 200000"),
+    "long prompt": ({"messages": messages(text="why " * 3000)}, "positions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_told_what_is_wrong(running: Running, name: str) -> None:
+    body, said = BAD[name]
+    answer = running.http.post(
+        "/v1/chat/completions",
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and said in error["message"]
+
+
+def test_bombs_bodies_and_paths(running: Running) -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    answer = running.post(messages=messages(uri(bomb.getvalue())))
+    assert answer.status_code == 400 and "20000 x 20000 pixels" in answer.text
+    http = running.http
+    large = http.post("/v1/chat/completions", content=b" " * 600_001)
+    assert large.status_code == 413 and large.json()["error"]["code"] == "request_too_large"
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(700):
+            yield b" " * 1000
+
+    assert http.post("/v1/chat/completions", content=endless()).status_code == 413
+    for content in (b"", b"{", b"[" * 50_000, b'{"messages": NaN}', b"\xff\xfe"):
+        broken = http.post("/v1/chat/completions", content=content)
+        assert broken.status_code == 400 and broken.json()["error"]["message"]
+    assert http.get("/nothing").json()["error"]["type"] == "not_found_error"
+    assert http.get("/v1/chat/completions").status_code == 405
+    assert http.get("/page/../server.py").status_code == 404
+
+
+def test_mutated_images_never_break_it(running: Running) -> None:
+    rng = random.Random(0)
+    for number in range(60):
+        data = bytearray(picture(2, rng.choice(("PNG", "JPEG", "GIF", "WEBP", "BMP"))))
+        for _ in range(rng.choice((1, 4, 40))):
+            data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+        answer = running.post(messages=messages(uri(bytes(data))), max_tokens=1)
+        assert answer.status_code in (200, 400), (number, answer.text)
+
+
+def counters(running: Running) -> Counters:
+    return running.server.online.counters()
+
+
+def wait_for(running: Running, finished: int) -> None:
+    until = time.monotonic() + 30
+    while counters(running).running or counters(running).cancelled < finished:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(running: Running, stream: bool) -> None:
+    before = counters(running).cancelled
+    body = json.dumps({"messages": messages(text="Describe"), "max_tokens": 64, "stream": stream,
+                       "temperature": 2.0, "n": 4})  # fmt: skip
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")  # fmt: skip
+    slow = running.server.online._scheduler.step  # as a larger model would be
+    running.server.online._scheduler.step = lambda: (time.sleep(0.05), slow())[1]  # type: ignore[method-assign]
+    try:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall((head + body).encode())
+            while not counters(running).running:
+                time.sleep(0.01)
+        wait_for(running, before + 1)
+    finally:
+        running.server.online._scheduler.step = slow  # type: ignore[method-assign]
+
+
+def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
+    http = running.http
+    assert http.get("/health").json()["status"] == "ok"
+    text = http.get("/metrics").text
+    for name in ("pumice_engine_new_tokens_total", "pumice_engine_reused_tokens_total",
+                 "pumice_engine_running", "pumice_first_token_seconds_bucket"):  # fmt: skip
+        assert name in text
+    assert 'pumice_http_requests_total{path="/v1/chat/completions",status="200"}' in text
+    open_to_all = httpx2.Client(base_url=running.url)
+    assert open_to_all.get("/health").status_code == 200
+    page = open_to_all.get("/")
+    assert (
+        page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+    )
+    assert open_to_all.get("/page/settings").json()["model"] == "pocket"
+    plan = open_to_all.get("/page/image-plan", params={"width": 30, "height": 20}).json()
+    assert plan == {"image_tokens": 36, "mode": "pad", "view": 96, "plan": None}
+    for path in ("/metrics", "/v1/models"):
+        assert open_to_all.get(path).status_code == 401
+
+
+def test_no_room_is_429_and_a_slow_answer_504(model: Model) -> None:
+    limits = Limits(max_waiting=0, seconds=0.4, drain_seconds=0.1)
+    server = Running(model, limits)
+    try:
+        full = server.post(messages=messages())
+        assert full.status_code == 429 and full.headers["retry-after"]
+        assert full.json()["error"]["type"] == "rate_limit_error"
+    finally:
+        server.stop()
+    server = Running(model, Limits(seconds=0.4, drain_seconds=0.1))
+    try:
+        step = server.server.online._scheduler.step
+        server.server.online._scheduler.step = lambda: (time.sleep(0.3), step())[1]  # type: ignore[method-assign]
+        late = server.post(messages=messages(text="Describe"), temperature=2.0)
+        assert late.status_code == 504 and "0.4 seconds" in late.json()["error"]["message"]
+    finally:
+        server.stop()
+
+
+def test_web_images_come_from_named_public_hosts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = frozenset({"pictures.test"})
+
+    def fetch(url: str) -> bytes:
+        return remote_images.fetch_image(url, hosts, max_bytes=1000, seconds=2)
+
+    for url, said in {
+        "http://other.test/a.png": "not a host to fetch from",
+        "http://pictures.test:22/a.png": "not a host to fetch from",
+        "ftp://pictures.test/a.png": "http and https",
+        "http://me:secret@pictures.test/a.png": "without a password",
+        "http://[::1": "no web address",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            fetch(url)
+    for address in ("127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "0.0.0.0"):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, found=found, **k: found)
+        with pytest.raises(DataError, match="not public"):
+            fetch("http://pictures.test/a.png")
+
+
+def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "/moved": "HTTP/1.1 302 Found\r\nLocation: http://inside.test/\r\n\r\n",
+        "/round": "HTTP/1.1 302 Found\r\nLocation: /round\r\n\r\n",
+        "/large": "HTTP/1.1 200 OK\r\n\r\n" + "x" * 5000,
+        "/good": "HTTP/1.1 200 OK\r\n\r\nimage",
+        "/gone": "HTTP/1.1 404 Not Found\r\n\r\n",
+    }
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connect = socket.create_connection
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = listener.accept()
+                except OSError:
+                    return
+                with client:
+                    path = client.recv(4096).split()[1].decode()
+                    client.sendall(answers[path].encode())
+
+        threading.Thread(target=serve, daemon=True).start()
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(remote_images, "_public_address", lambda host, port: "203.0.113.1")
+        monkeypatch.setattr(socket, "create_connection",
+                            lambda address, **k: connect(("127.0.0.1", port), **k))  # fmt: skip
+
+        def fetch(path: str) -> bytes:
+            return remote_images.fetch_image(
+                f"http://pictures.test{path}", frozenset({"pictures.test"}), max_bytes=1000,
+                seconds=5,
+            )  # fmt: skip
+
+        assert fetch("/good") == b"image"
+        refused = {"/moved": "inside.test", "/round": "more than 3 times",
+                   "/large": "more than 1000 bytes", "/gone": "HTTP 404"}  # fmt: skip
+        for path, said in refused.items():
+            with pytest.raises(DataError, match=said):
+                fetch(path)
