@@ -1,0 +1,196 @@
+"""Many clients at once on `pumice serve`: errors, times, tokens a second, and whether memory grows.
+
+    python benchmarks/serve.py --clients 64 --seconds 120
+
+Starts a server of its own in a process of its own. Half of the clients are OpenAI's, half are plain
+HTTP; half of the requests stream. Writes benchmarks/results/serve.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+from pocket import machine
+
+from pumice.world.scenes import random_scene, render
+
+RESULTS = Path(__file__).resolve().parent / "results" / "serve.json"
+PICTURES = 200
+QUESTIONS = (
+    "What color is the background?\nAnswer the question using a single word or phrase.",
+    "What do you see in the image?",
+    "Describe the image in detail.",
+    "How many shapes are there?",
+)
+SAMPLES = 12
+
+
+def main() -> None:
+    """Run and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--max-waiting", type=int, default=32)
+    arguments = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pumice", "serve", arguments.model, "--port", str(port)]
+    command += ["--max-waiting", str(arguments.max_waiting)]
+    server = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url)
+        record = measure(url, server.pid, arguments.clients, arguments.seconds)
+        assert server.poll() is None, "the server ended"
+    finally:
+        server.terminate()
+        server.wait(60)
+    record = {
+        "command": f"python benchmarks/serve.py --clients {arguments.clients} "
+        f"--seconds {arguments.seconds:g}",
+        "machine": machine(),
+        "model": arguments.model,
+        "max_waiting": arguments.max_waiting,
+        "protocol": "clients that ask again at once (after 429: after Retry-After); an image each, "
+        "200 pictures, four questions, at most 48 tokens; clients run on the same cores",
+        **record,
+        "ended_with": server.returncode,
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def wait_until_ready(url: str) -> None:
+    """Until the server answers."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        try:
+            if httpx2.get(f"{url}/health").status_code == 200:
+                return
+        except httpx2.TransportError:
+            time.sleep(0.2)
+    sys.exit("the server did not start")
+
+
+def measure(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
+    """Every client for so many seconds."""
+    pictures = [picture(seed) for seed in range(PICTURES)]
+    statuses: Counter[str] = Counter()
+    taken: list[float] = []
+    tokens: list[int] = []
+    until = time.monotonic() + seconds
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        ask = ask_openai(url) if number % 2 else ask_http(url)
+        while time.monotonic() < until:
+            start = time.monotonic()
+            status, new = ask(rng.choice(pictures), rng.choice(QUESTIONS), rng.random() < 0.5)
+            statuses[status] += 1
+            if status == "200":
+                taken.append(time.monotonic() - start)
+                tokens.append(new)
+            elif status == "429":
+                time.sleep(1)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    memory = []
+    for _ in range(SAMPLES):
+        time.sleep(seconds / SAMPLES)
+        memory.append(resident(pid))
+    for thread in threads:
+        thread.join()
+    cuts = statistics.quantiles(taken, n=100)
+    return {
+        "answers_by_status": dict(statuses),
+        "requests_per_second": round(len(taken) / seconds, 1),
+        "new_tokens_per_second": round(sum(tokens) / seconds, 1),
+        "seconds": {
+            "p50": round(cuts[49], 2),
+            "p90": round(cuts[89], 2),
+            "p99": round(cuts[98], 2),
+        },
+        "resident_megabytes": memory,
+    }
+
+
+def ask_http(url: str) -> Any:
+    """Plain HTTP; a stream is read event by event."""
+    session = httpx2.Client(base_url=url, timeout=300)
+
+    def ask(image: str, text: str, stream: bool) -> tuple[str, int]:
+        body = {"messages": messages(image, text), "max_tokens": 48, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        response = session.post("/v1/chat/completions", json=body)
+        if response.status_code != 200:
+            return str(response.status_code), 0
+        if not stream:
+            return "200", response.json()["usage"]["completion_tokens"]
+        lines = [line for line in response.text.split("\n\n") if line]
+        assert lines[-1] == "data: [DONE]", lines[-1]
+        return "200", json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"]
+
+    return ask
+
+
+def ask_openai(url: str) -> Any:
+    """OpenAI's own client."""
+    session = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def ask(image: str, text: str, stream: bool) -> tuple[str, int]:
+        asked: Any = {"model": session.models.list().data[0].id, "max_tokens": 48,
+                      "messages": messages(image, text)}  # fmt: skip
+        try:
+            if not stream:
+                answer = session.chat.completions.create(**asked)
+                return "200", answer.usage.completion_tokens if answer.usage else 0
+            usage = {"include_usage": True}
+            pieces = session.chat.completions.create(**asked, stream=True, stream_options=usage)
+            used = [piece.usage for piece in pieces if piece.usage]
+            return "200", used[-1].completion_tokens
+        except openai.APIStatusError as error:
+            return str(error.status_code), 0
+
+    return ask
+
+
+def messages(image: str, text: str) -> list[dict[str, Any]]:
+    """One question about one picture."""
+    parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+def picture(seed: int) -> str:
+    """A scene as a data URI."""
+    buffer = io.BytesIO()
+    render(random_scene(seed)).save(buffer, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def resident(pid: int) -> int:
+    """Megabytes a process holds."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    found = next(line for line in lines if line.startswith("VmRSS"))
+    return round(int(found.split()[1]) / 1024)
+
+
+if __name__ == "__main__":
+    main()
