@@ -37,7 +37,9 @@ def test_options_stand_in_the_place_of_their_group() -> None:
     names = [*inspect.signature(with_option_groups(command)).parameters]
     assert (
         names
-        == ("model max_new_tokens temperature top_p seed as_json device dtype quantize").split()
+        == (
+            "model max_new_tokens temperature top_p seed as_json device dtype quantize adapter"
+        ).split()
     )
 
 
