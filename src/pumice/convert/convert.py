@@ -5,7 +5,6 @@ Every conversion ends with a proof (`parity.json` beside the result); without it
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from pumice.convert.write_llava import write_llava
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_json
 from pumice.core.log import get_logger
+from pumice.core.memory import give_back_memory
 from pumice.core.registry import suggest
 
 log = get_logger(__name__)
@@ -77,7 +77,7 @@ def convert(
     try:
         options = {"base": base, "vision": vision, "template": template}
         report, source = _write(src, options, fresh, to, dtype, shard_bytes)
-        gc.collect()  # closes the source's files before those of the result are opened
+        give_back_memory()  # closes the source's files before those of the result are opened
         report["parity"] = prove(source, fresh, to, _DTYPES.get(_plain_name(dtype)))
         if not _is_quantised(dtype):
             check_proof(report["parity"])

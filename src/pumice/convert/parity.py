@@ -5,7 +5,7 @@ Shapes: T positions of a prompt, V vocabulary (that of the smaller of both model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.log import get_logger
+from pumice.core.memory import give_back_memory
 from pumice.core.types import Message, assistant, user
 from pumice.models.connectors import Instruction
 
@@ -106,8 +107,18 @@ def probe_image() -> PIL.Image.Image:
 
 
 def measure(speaker: Speaker, probes: Sequence[Probe]) -> list[Measured]:
-    """What a model says to each probe."""
-    return [speaker(probe, GREEDY_TOKENS) for probe in probes]
+    """What a model says to each probe; see `measure_each`."""
+    return list(measure_each(speaker, probes))
+
+
+def measure_each(speaker: Speaker, probes: Sequence[Probe]) -> Iterator[Measured]:
+    """What a model says to one probe after another, so that no more than one need be kept.
+
+    The speaker is held until the last answer is taken.
+    """
+    for probe in probes:
+        yield speaker(probe, GREEDY_TOKENS)
+        give_back_memory()
 
 
 class LMMSpeaker:
@@ -148,7 +159,7 @@ class LMMSpeaker:
 
 
 def compare(
-    source: Sequence[Measured], result: Sequence[Measured], dtype: torch.dtype
+    source: Iterable[Measured], result: Iterable[Measured], dtype: torch.dtype
 ) -> dict[str, Any]:
     """Both models' answers beside each other, and whether they are the same within `dtype`.
 

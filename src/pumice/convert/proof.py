@@ -5,7 +5,6 @@ Only one model's files are open at a time, so that the proof takes the memory of
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,12 @@ from pumice.convert.parity import (
     check_prompts,
     compare,
     make_probes,
-    measure,
+    measure_each,
 )
 from pumice.convert.parity_hf import TransformersSpeaker
 from pumice.core.errors import PumiceError
 from pumice.core.log import get_logger
+from pumice.core.memory import give_back_memory
 from pumice.models.config import LMMConfig
 from pumice.processing.processor import Processor
 
@@ -51,7 +51,7 @@ class Source:
 def ask_source(opened: Opened) -> Source:
     """Asks the source the questions of the proof."""
     probes = make_probes(opened.processor)
-    answers = _ask(opened, probes)
+    answers = list(_ask(opened, probes))
     return Source(opened.config, opened.processor, opened.dtype, probes, answers)
 
 
@@ -83,8 +83,11 @@ def check_proof(proof: dict[str, Any]) -> None:
 
 def _results(
     source: Source, written: Path, to: str, dtype: torch.dtype
-) -> Iterator[tuple[str, list[Measured]]]:
-    """The result opened here again, and by transformers where it is its format."""
+) -> Iterator[tuple[str, Iterator[Measured]]]:
+    """The result opened here again, and by transformers where it is its format.
+
+    Each model's answers are to be taken in full before the next is asked for: it goes with them.
+    """
     if to == "gguf":
         [language] = written.glob("model-*.gguf")
         [mmproj] = written.glob("mmproj-*.gguf")
@@ -93,13 +96,12 @@ def _results(
         yield "opened again", _ask(again, source.probes, torch.float32)
         return
     yield "opened again", _ask_result(source, written, to)
-    gc.collect()
+    give_back_memory()
     if to == "hf" and _has_room(written):
-        # The model is gone before its answers are compared.
         yield "transformers", _ask_transformers(source, written, dtype)
 
 
-def _ask_result(source: Source, written: Path, to: str) -> list[Measured]:
+def _ask_result(source: Source, written: Path, to: str) -> Iterator[Measured]:
     again = open_parts(written)
     given, read = source.processor, again.processor
     if to == "llava":
@@ -116,12 +118,14 @@ def _ask_result(source: Source, written: Path, to: str) -> list[Measured]:
     return _ask(again, source.probes)
 
 
-def _ask_transformers(source: Source, written: Path, dtype: torch.dtype) -> list[Measured]:
-    return measure(TransformersSpeaker(written, source.processor, dtype), source.probes)
+def _ask_transformers(source: Source, written: Path, dtype: torch.dtype) -> Iterator[Measured]:
+    return measure_each(TransformersSpeaker(written, source.processor, dtype), source.probes)
 
 
-def _ask(opened: Opened, probes: list[Probe], dtype: torch.dtype | None = None) -> list[Measured]:
-    return measure(LMMSpeaker(build(opened, dtype)), probes)
+def _ask(
+    opened: Opened, probes: list[Probe], dtype: torch.dtype | None = None
+) -> Iterator[Measured]:
+    return measure_each(LMMSpeaker(build(opened, dtype)), probes)
 
 
 def _has_room(written: Path) -> bool:
