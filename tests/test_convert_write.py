@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import hf_folders
 import tiny
 from pumice.convert import convert as conversion
+from pumice.convert import proof
 from pumice.convert.convert import convert
 from pumice.convert.open import open_model, open_parts
 from pumice.convert.parity import Measured, compare, probe_image
@@ -331,3 +333,24 @@ def test_command(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert again.exit_code == 0 and "8/8" in again.stdout and "note:" in again.stdout
     assert open_model(tmp_path / "l", template="vicuna_v1")
     assert conversion.TARGETS == ("pumice", "hf", "llava", "gguf")
+
+
+def test_no_model_of_the_proof_meets_another(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Source, result and transformers' own: each is gone before the next is built."""
+    asked: list[weakref.ref[Any]] = []
+
+    def alone(make: Any) -> Any:
+        def watched(*args: Any) -> Any:
+            assert not any(model() is not None for model in asked)
+            made = make(*args)
+            asked.append(weakref.ref(getattr(made, "model", made)))
+            return made
+
+        return watched
+
+    monkeypatch.setattr(proof, "build", alone(proof.build))
+    monkeypatch.setattr(proof, "TransformersSpeaker", alone(proof.TransformersSpeaker))
+    convert(root / "hf", tmp_path / "out", "hf")
+    assert [model() for model in asked] == [None, None, None]

@@ -1,0 +1,50 @@
+"""Memory that is no longer used goes back to the system."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+
+from pumice.core import memory
+from pumice.core.memory import give_back_memory
+
+
+class Ring:
+    """Holds itself."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def held() -> int:
+    """Bytes of the process's own memory that are in RAM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+@pytest.mark.skipif(memory._malloc_trim() is None, reason="the C library is not glibc")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_freed_blocks_between_held_ones_leave_the_process() -> None:
+    size, count = 100_000, 400  # below glibc's least size of a block of its own
+    blocks = [bytearray(b"x") * size for _ in range(count)]
+    before = held()
+    pins = blocks[::50]
+    del blocks
+    give_back_memory()
+    assert before - held() > size * count * 0.6
+    assert len(pins) == 8
+
+
+def test_what_only_a_cycle_holds_is_freed() -> None:
+    gone = weakref.ref(Ring())
+    give_back_memory()
+    assert gone() is None
+
+
+def test_another_c_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
+    give_back_memory()
