@@ -77,6 +77,15 @@ def test_other_published_models(run: Run) -> None:
     assert planned(run, "llava")["parts"]["connector"] == 4_198_400
     hd = planned(run, "llava15-hd-7b")
     assert [(i["views"], i["tokens"]) for i in hd["images"]] == [(5, 1312), (7, 1696), (7, 1628)]
+    # Six tiles and the whole picture; the table of connectors is that of the image too.
+    shelf = {entry["name"]: entry for entry in hd["connectors"] if not entry["recipe"]}
+    assert shelf["mlp2x_gelu"]["tokens"] == shelf["linear"]["tokens"] == 1696
+    assert shelf["mlp2x_gelu"]["flops"] == hd["conversation"]["image"]["connector_flops"]
+    # Queries of seven views and the ends of two rows of tiles; 16 x 22 merged patches, the ends of
+    # their rows, and the whole picture's 8 x 8.
+    assert shelf["resampler"]["tokens"] == 7 * 64 + 2
+    assert shelf["shuffle2x2+mlp2x_gelu"]["tokens"] == 16 * (22 + 1) + 64
+    assert shelf["gated_cross_attention"]["tokens"] == 1
     # The row end is a vector of the language model's width.
     assert hd["parts"]["connector"] == 20_979_712 + 4096
     flamingo = planned(run, "flamingo-9b")

@@ -109,7 +109,7 @@ def _record(recipe: Recipe, lmm: LMM, size: tuple[int, int], text_tokens: int) -
             "forward_flops": {**counts._asdict(), "total": sum(counts)},
         },
         "stages": [_stage(name, stage, lmm, counts) for name, stage in recipe.stage_list()],
-        "connectors": _connectors(lmm),
+        "connectors": _connectors(lmm, size),
     }
 
 
@@ -146,18 +146,18 @@ def _stage(name: str, stage: Stage, lmm: LMM, counts: Any) -> dict[str, Any]:
     }
 
 
-def _connectors(lmm: LMM) -> list[dict[str, Any]]:
+def _connectors(lmm: LMM, size: tuple[int, int]) -> list[dict[str, Any]]:
     from pumice.models.costs import language_flops, shelf
 
     per_token = language_flops(lmm, 1)
     rows = []
-    for row in shelf(lmm):
+    for row in shelf(lmm, size):
         entry: dict[str, Any] = {"name": row.name, "recipe": row.own}
         if row.refused:
             rows.append({**entry, "refused": row.refused})
             continue
         entry |= {"parameters": row.params, "gated_parameters": row.gated_params}
-        entry |= {"flops": row.flops, "tokens": row.tokens}
+        entry |= {"views": row.views, "flops": row.flops, "tokens": row.tokens}
         rows.append({**entry, "language_flops": row.tokens * per_token})
     return rows
 
@@ -167,11 +167,7 @@ def _text(record: dict[str, Any]) -> str:
         ("", _part_rows(record)),
         (_view_title(record["view"]), _image_rows(record["images"])),
         (_conversation_title(record), _conversation_rows(record)),
-        (
-            f"Every connector between these backbones, one view of {record['view']['features']} "
-            f"features, with default options but for the recipe's own (*)",
-            _connector_rows(record["connectors"]),
-        ),
+        (_shelf_title(record), _connector_rows(record["connectors"])),
     )
     parts = [(f"{title}\n" if title else "") + _columns(rows) for title, rows in blocks]
     refused = [f"{c['name']}: {c['refused']}" for c in record["connectors"] if "refused" in c]
@@ -232,6 +228,18 @@ def _conversation_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     rows += [(f"train, {s['name']}", _short(s["conversation_flops"])) for s in record["stages"]]
     each = record["language_flops_per_token"]
     return [*rows, ("language, one token alone", _short(each))]
+
+
+def _shelf_title(record: dict[str, Any]) -> str:
+    image, features = record["conversation"]["image"], record["view"]["features"]
+    shown = f"one view of {features} features"
+    if image["views"] > 1:
+        # Row ends and padding that is not kept are the image's, not a view's.
+        shown = f"{_by(image['size'])} in {image['views']} views of {features} features"
+    return (
+        f"Every connector between these backbones, {shown}, with default options but for the "
+        f"recipe's own (*)"
+    )
 
 
 def _connector_rows(connectors: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -53,15 +53,18 @@ class ImageCost(NamedTuple):
 
 
 class ShelfRow(NamedTuple):
-    """One connector between a recipe's backbones, for one view."""
+    """One connector between a recipe's backbones, for one image, tiled as the recipe tiles it."""
 
     name: str
     own: bool
     """Whether it is the recipe's, with the recipe's options; others have their defaults."""
     params: int
     """Its weights, those of gated layers among them."""
+    views: int
     flops: int
+    """Over all views."""
     tokens: int
+    """Positions in the language model, row ends among them."""
     gated_params: int
     refused: str = ""
     """Why it cannot stand between these backbones."""
@@ -126,16 +129,21 @@ def image_costs(lmm: LMM, sizes: Iterable[tuple[int, int]]) -> Iterator[ImageCos
     """What images of these sizes (width, height) take."""
     one_view, connector = vision_flops(lmm), connector_cost(lmm.connector)
     for size in sizes:
-        views, tokens = 1, connector.tokens
-        if lmm.tiling is not None:
-            plan = plan_image(size, lmm.tiling, lmm.view_side, connector.tokens)
-            views, tokens = plan.views, plan.tokens.total
+        views, tokens = _views_and_tokens(lmm, lmm.connector, size)
         latents = 0
         if lmm.cross_attention is not None:
             tokens, latents = 1, views * connector.tokens
         yield ImageCost(
             size, views, tokens, latents, views * one_view, views * connector.flops
         )  # fmt: skip
+
+
+def _views_and_tokens(lmm: LMM, connector: Connector, size: tuple[int, int]) -> tuple[int, int]:
+    """Views of an image, tiled as `lmm` does, and the tokens that this connector makes of them."""
+    if lmm.tiling is None:
+        return 1, connector.num_tokens
+    plan = plan_image(size, lmm.tiling, connector.side, connector.num_tokens)
+    return plan.views, plan.tokens.total
 
 
 def language_flops(lmm: LMM, positions: int) -> int:
@@ -207,9 +215,12 @@ def _counted() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def shelf(lmm: LMM) -> Iterator[ShelfRow]:
-    """The recipe's connector, then every one of the shelf with its default options."""
-    yield _row(lmm, lmm.connector_name, lmm.connector, own=True)
+def shelf(lmm: LMM, size: tuple[int, int]) -> Iterator[ShelfRow]:
+    """The recipe's connector, then every one of the shelf with its default options.
+
+    For one image of `size` (width, height).
+    """
+    yield _row(lmm, lmm.connector_name, lmm.connector, size, own=True)
     for name in shelf_names():
         try:
             with torch.device("meta"):
@@ -220,9 +231,9 @@ def shelf(lmm: LMM) -> Iterator[ShelfRow]:
                     lmm.vision.num_tokens,
                     vocab_size=lmm.language.vocab_size,
                 )
-                row = _row(lmm, name, connector, own=False)
+                row = _row(lmm, name, connector, size, own=False)
         except PumiceError as error:
-            row = ShelfRow(name, False, 0, 0, 0, 0, str(error))
+            row = ShelfRow(name, False, 0, 0, 0, 0, 0, str(error))
         yield row
 
 
@@ -232,13 +243,14 @@ def shelf_names() -> list[str]:
     return names + [f"{merge}+mlp2x_gelu" for merge in REDUCTIONS]
 
 
-def _row(lmm: LMM, name: str, connector: Connector, *, own: bool) -> ShelfRow:
-    cost = connector_cost(connector)
-    gated, tokens = 0, cost.tokens
-    if own:
-        gated = num_parameters(lmm.cross_attention)
-        tokens = lmm.image_tokens
-    elif isinstance(connector, Perceiver):
-        layers = CrossAttentionLayers(lmm.language, connector.media_width, connector.gated)
+def _row(
+    lmm: LMM, name: str, connector: Connector, size: tuple[int, int], *, own: bool
+) -> ShelfRow:
+    cost, gated = connector_cost(connector), 0
+    views, tokens = _views_and_tokens(lmm, connector, size)
+    if isinstance(connector, Perceiver):
+        layers = lmm.cross_attention if own else None
+        if layers is None:
+            layers = CrossAttentionLayers(lmm.language, connector.media_width, connector.gated)
         gated, tokens = num_parameters(layers), 1
-    return ShelfRow(name, own, cost.params + gated, cost.flops, tokens, gated)
+    return ShelfRow(name, own, cost.params + gated, views, views * cost.flops, tokens, gated)
