@@ -33,6 +33,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "submit": (("numpy", "pillow"), ()),
     "data convert": (("pyyaml", "pydantic"), ()),
     "data verify": ((*_MODEL, *_RECIPE), ()),
+    "data generate": ((), ()),
     "data show": ((*_MODEL, *_RECIPE), MODELS),
     "convert": (_MODEL, ()),
     "tiles": (("torch", "numpy", "pillow"), ()),

@@ -37,9 +37,9 @@ def answer(messages: list[dict[str, Any]], rng: random.Random, fault: str | None
     if re.search(r"\|\s*(Predict the correctness.*)?$", asked):
         return _grade(asked)
     captions, boxes = _facts(asked)
-    if "reason" in system:
+    if "by reasoning" in system:
         pairs = [_reasoning(captions, boxes, rng)]
-    elif "conversation" in system or "question:" in system:
+    elif "question:" in system:
         pairs = _conversation(captions, boxes, rng)
     else:
         text = _description(captions, boxes, rng)
