@@ -99,7 +99,7 @@ def test_a_pause_that_the_server_asks_for_is_kept_by_all() -> None:
         while not teacher.met["rate_limit"]:
             time.sleep(0.01)
         start = time.monotonic()
-        # Never refused itself, and held back all the same.
+        # The rest of the first one's pause, and then a pause of its own.
         client.ask(request("Another one."))
         assert time.monotonic() - start >= 0.7 + 1.0
         first.join()
