@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pumice.cli import data_convert, data_generate, data_show, data_verify
+from pumice.cli import data_convert, data_generate, data_mix, data_show, data_verify
 from pumice.cli.options import example
 
 _group = typer.Typer(
@@ -13,7 +13,7 @@ _group = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-for _module in (data_convert, data_generate, data_verify, data_show):
+for _module in (data_convert, data_generate, data_mix, data_verify, data_show):
     _module.register(_group)
 
 

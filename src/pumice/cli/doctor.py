@@ -32,6 +32,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "score": (("numpy", "pillow"), ()),
     "submit": (("numpy", "pillow"), ()),
     "data convert": (("pyyaml", "pydantic"), ()),
+    "data mix": (("numpy", *_RECIPE), ()),
     "data verify": ((*_MODEL, *_RECIPE), ()),
     "data generate": ((), ()),
     "data show": ((*_MODEL, *_RECIPE), MODELS),

@@ -54,6 +54,11 @@ class Mixture:
         """Rows of one epoch."""
         return sum(self._counts)
 
+    @property
+    def counts(self) -> list[int]:
+        """Rows of one epoch of each source."""
+        return list(self._counts)
+
     def order(self, epoch: int) -> list[tuple[int, int]]:
         """(index of the source, row) of every row of an epoch, in order."""
         return [(source, row) for source, row in self.order_array(epoch).tolist()]
@@ -79,6 +84,18 @@ class Mixture:
             [part.source.fingerprint(), part.weight, part.cap, part.epochs] for part in self.parts
         ]
         return sha256_bytes(json.dumps([self.seed, parts]).encode())
+
+    def rows_hash(self) -> str:
+        """A hash of which rows the first epoch holds, in whatever order: it is the run's data.
+
+        Rows are named by the content of their source and their number in it, so that no row has to
+        be read; seed, processes and workers change it only by changing which rows are chosen.
+        """
+        digest = hashlib.sha256()
+        for index, (part, count) in enumerate(zip(self.parts, self._counts, strict=True)):
+            digest.update(f"{part.source.fingerprint()} {count} ".encode())
+            digest.update(np.sort(self._drawn(index, 0, count)).astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def _pairs(self) -> list[tuple[Part, Numbers]]:
         return list(zip(self.parts, self._rows, strict=True))

@@ -28,9 +28,9 @@ FindImage = Callable[[Any, str], Path | bytes]
 
 _SPEAKERS: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_IMAGE_KEYS = ("image", "images", "file_name", "file_names")
+IMAGE_KEYS = ("image", "images", "file_name", "file_names")
 _CAPTION_KEYS = ("caption", "text")
-COLUMNS = ("id", *_IMAGE_KEYS, "conversations", "messages", "texts", *_CAPTION_KEYS)
+COLUMNS = ("id", *IMAGE_KEYS, "conversations", "messages", "texts", *_CAPTION_KEYS)
 """Every key of a row that is read."""
 
 
@@ -107,7 +107,7 @@ def row_name(content: dict[str, Any], number: int) -> str:
 
 def image_entries(content: dict[str, Any]) -> list[Any]:
     """What a row says about its images, unchecked."""
-    for key in _IMAGE_KEYS:
+    for key in IMAGE_KEYS:
         given = content.get(key)
         if given is not None:
             return given if isinstance(given, list) else [given]

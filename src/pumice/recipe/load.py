@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> Recipe
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise PumiceError(_explain(error, _shown(path), parsed)) from error
+        raise PumiceError(explain(error, _shown(path), parsed)) from error
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -188,20 +189,29 @@ def _apply_to_list(node: list[Any], key: str, override: _Override, last: bool) -
     return node[int(key)]
 
 
-def _explain(error: ValidationError, file: str, overrides: list[_Override]) -> str:
-    lines = [_explain_one(detail, file, overrides) for detail in error.errors()]
+def explain(
+    error: ValidationError,
+    file: str,
+    overrides: Sequence[_Override] = (),
+    schema: type[BaseModel] = Recipe,
+) -> str:
+    """What is wrong in a file that should follow a schema, one line for each fault."""
+    word = schema.__name__.lower()
+    lines = [_explain_one(detail, file, overrides, schema) for detail in error.errors()]
     if len(lines) == 1:
-        return f"recipe not valid: {lines[0]}"
-    return "recipe not valid:\n" + "\n".join(f"  {line}" for line in lines)
+        return f"{word} not valid: {lines[0]}"
+    return f"{word} not valid:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _explain_one(detail: ErrorDetails, file: str, overrides: list[_Override]) -> str:
+def _explain_one(
+    detail: ErrorDetails, file: str, overrides: Sequence[_Override], schema: type[BaseModel]
+) -> str:
     place = [str(part) for part in detail["loc"] if part != "[key]"]
-    dotted = ".".join(place) or "the recipe"
+    dotted = ".".join(place) or f"the {schema.__name__.lower()}"
     where = _blame(place, file, overrides)
     kind = detail["type"]
     if kind == "extra_forbidden" or detail["loc"][-1:] == ("[key]",):
-        known = _known_keys(place[:-1])
+        known = _known_keys(place[:-1], schema)
         return (
             f"{dotted} is an unknown key (in {where}); known here: {', '.join(known)}."
             f"{suggest(place[-1], known)}"
@@ -221,7 +231,7 @@ def _explain_one(detail: ErrorDetails, file: str, overrides: list[_Override]) ->
     return f"{dotted} is {detail['input']!r} (in {where}); {words}"
 
 
-def _blame(place: list[str], file: str, overrides: list[_Override]) -> str:
+def _blame(place: list[str], file: str, overrides: Sequence[_Override]) -> str:
     """Where the value came from: the override that set it, or the file."""
     for override in reversed(overrides):
         if all(a == b for a, b in zip(place, override.path, strict=False)):
@@ -229,15 +239,15 @@ def _blame(place: list[str], file: str, overrides: list[_Override]) -> str:
     return file
 
 
-def _known_keys(place: list[str]) -> list[str]:
+def _known_keys(place: list[str], schema: type[BaseModel]) -> list[str]:
     """The keys the schema allows at a dotted place."""
-    annotation: Any = Recipe
+    annotation: Any = schema
     for key in place:
         model = _model_in(annotation)
         if model is not None and key in model.model_fields:
             annotation = model.model_fields[key].annotation
-        elif typing.get_origin(annotation) is list:
-            annotation = typing.get_args(annotation)[0]
+        elif typing.get_origin(annotation) in (list, dict):
+            annotation = typing.get_args(annotation)[-1]
     model = _model_in(annotation)
     if model is not None:
         return list(model.model_fields)

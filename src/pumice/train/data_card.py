@@ -1,4 +1,4 @@
-"""What a stage says of its data: the rows, and what `pumice data verify` found in them."""
+"""What a stage says of its data: the rows, how they were mixed, and what `data verify` found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _KEPT = ("policy", "rows_with_errors", "counts", "checked", "dropped")
 
 
 def data_card(data: Sequence[DataSpec], out: Path) -> list[dict[str, Any]]:
-    """One entry for each source; `verified` is None where no manifest fits the data as it is."""
+    """One entry for each source; `verified` is None where no manifest fits the data as it is.
+
+    Of a file that `pumice data mix` made, `mixture` is the record; else None.
+    """
+    from pumice.data.mix import read_record
     from pumice.data.verify_files import read_summary
 
     card = []
@@ -23,13 +27,22 @@ def data_card(data: Sequence[DataSpec], out: Path) -> list[dict[str, Any]]:
         source = entry.open()
         summary = read_summary(entry.path, source.fingerprint())
         verified = summary and {key: summary[key] for key in _KEPT if key in summary}
-        card.append({"path": told(entry.path, out), "rows": len(source), "verified": verified})
+        card.append(
+            {
+                "path": told(entry.path, out),
+                "rows": len(source),
+                "mixture": read_record(entry.path, source.fingerprint()),
+                "verified": verified,
+            }
+        )
     return card
 
 
 def card_text(entry: dict[str, Any]) -> str:
     """An entry of the card in words."""
-    rows, verified = f"{entry['rows']:,} rows", entry["verified"]
+    rows, verified, mixture = f"{entry['rows']:,} rows", entry["verified"], entry.get("mixture")
+    if mixture:
+        rows += f" of {mixture['mixture']} (ids {mixture['ids_sha256'][:12]})"
     if verified is None:
         return f"{entry['path']}: {rows}, not verified"
     counts = ", ".join(f"{count:,} {kind}" for kind, count in verified["counts"].items())

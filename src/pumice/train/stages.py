@@ -168,6 +168,7 @@ def run_stage(
         "spec": spec_record(spec, out),
         "fingerprint": fingerprint,
         "data": data_card(spec.data, out),
+        "rows": {"epoch": len(loader.mixture), "sha256": loader.mixture.rows_hash()},
         "parts": {n: {"before": before[n], "after": after[n], "moved": before[n] != after[n]}
                   for n in before},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
