@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pumice.train.fingerprint import told
 
 if TYPE_CHECKING:
+    from pumice.data.mixture import Mixture
     from pumice.train.stages import DataSpec
 
 _KEPT = ("policy", "rows_with_errors", "counts", "checked", "dropped")
@@ -36,6 +37,11 @@ def data_card(data: Sequence[DataSpec], out: Path) -> list[dict[str, Any]]:
             }
         )
     return card
+
+
+def rows_record(mixture: Mixture) -> dict[str, Any]:
+    """How many rows an epoch of a stage has, and the hash that says which."""
+    return {"epoch": len(mixture), "sha256": mixture.rows_hash()}
 
 
 def card_text(entry: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from pumice.train.adapters import (
     should_move,
     weight_hashes,
 )
-from pumice.train.data_card import data_card
+from pumice.train.data_card import data_card, rows_record
 from pumice.train.fingerprint import spec_fingerprint, spec_record
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ def run_stage(
         "stage": spec.name,
         "spec": spec_record(spec, out),
         "fingerprint": fingerprint,
-        "data": data_card(spec.data, out),
-        "rows": {"epoch": len(loader.mixture), "sha256": loader.mixture.rows_hash()},
+        "data": data_card(spec.data, out), "rows": rows_record(loader.mixture),
         "parts": {n: {"before": before[n], "after": after[n], "moved": before[n] != after[n]}
                   for n in before},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
