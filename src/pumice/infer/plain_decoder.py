@@ -25,6 +25,7 @@ from pumice.infer.cache import BufferCache, BufferLayer
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
+from pumice.models.lora import has_lora
 from pumice.models.quantize import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -247,6 +248,8 @@ def _fits(lmm: LMM) -> bool:
     modules = list(language.model.modules())
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return False  # someone listens to, or changes, what the blocks say
+    if has_lora(language):
+        return False  # the changes of adapters stand beside the weights, not in them
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
         return False
