@@ -1,0 +1,46 @@
+"""`pumice eval` of what people have: a transformers folder, and an adapter over its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def texts_of(run: Run, model: Path, world: Path, out: Path, *more: str) -> list[str]:
+    args = ("eval", model, "--bench", "pope", "--limit", 12, "--data", world, "--out", out)
+    code, _, err = run(*args, *more)
+    assert code == 0, err
+    rows = (out / "pope" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(row)["text"] for row in rows]
+
+
+def test_a_transformers_folder_answers_as_the_model_it_was_made_from(
+    root: Path, world: Path, tmp_path: Path, run: Run
+) -> None:
+    assert run("convert", root / "model", tmp_path / "hf", "--to", "hf")[0] == 0
+    own = texts_of(run, root / "model", world, tmp_path / "a")
+    assert len(own) == 12 and texts_of(run, tmp_path / "hf", world, tmp_path / "b") == own
+    assert (tmp_path / "b" / "report.html").is_file()
+    code, out, _ = run("eval", "--compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert code == 0 and json.loads(out)["benchmarks"]["pope"]["same_text"] == 12
+
+
+def test_an_adapter_is_evaluated_over_its_base(
+    root: Path, world: Path, tmp_path: Path, run: Run
+) -> None:
+    args = [
+        "run", "pocket-quick", "--out", tmp_path / "run", f"model.vision={root / 'vision'}",
+        f"model.language={root / 'language'}", f"data={world}", "world.images=6",
+        "world.eval_images=6", "stages.align.steps=2", "stages.tune.steps=2",
+        "stages.align.batch_size=2", "stages.tune.batch_size=2", "eval.benchmarks=[scienceqa]",
+        "eval.limit=4", "stages.tune.lora={r: 2, save: adapter}",
+    ]  # fmt: skip
+    code, _, err = run(*args)
+    assert code == 0, err
+    tune = tmp_path / "run" / "tune"
+    assert (tune / "adapter_model.safetensors").is_file()
+    merged = texts_of(run, tune, world, tmp_path / "merged")
+    assert texts_of(run, tune, world, tmp_path / "kept", "--adapter", "keep") == merged
