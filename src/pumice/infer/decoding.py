@@ -24,12 +24,9 @@ class Running:
         self._device = device
         self.rows: list[Row] = []
         self.cache = BufferCache()
+        self.positions = 0
+        """Positions that have a place in the cache, padding among them; other threads read it."""
         self._media: Media | None = None
-
-    @property
-    def positions(self) -> int:
-        """Positions that have a place in the cache, padding among them."""
-        return len(self.rows) * self.cache.width
 
     def join(self, row: Row) -> None:
         """A row whose prompt is read and whose first token is chosen."""
@@ -66,9 +63,15 @@ class Running:
             self._media,
         )
         say(self.rows, logits)
+        self._count()
+
+    def _count(self) -> None:
+        # A number and no property: the cache is not whole while its own thread changes it.
+        self.positions = len(self.rows) * self.cache.width
 
     @torch.inference_mode()
     def _look(self) -> None:
+        self._count()
         self._media = Media.side_by_side([row.media for row in self.rows])
 
 
