@@ -194,7 +194,7 @@ def training_in(bench: Bench, batches: list[Batch], loader: Loader, dtype: str) 
     autocast = dtype == "bfloat16"
     peers = {
         f"transformers_{attention}": TrainingStep(
-            build_model(lmm, bench.processor, attention), RATE, CLIP, autocast
+            build_model(lmm, token, attention), RATE, CLIP, autocast
         )
         for attention in ("sdpa", "eager")
     }
@@ -248,7 +248,7 @@ def generation(bench: Bench) -> dict[str, Any]:
     sampling = pumice.Sampling(max_new_tokens=NEW_TOKENS)
     requests = [pumice.Request((pumice.user(text, path),), sampling) for text, path in asked]
     peer = Answering(
-        build_model(lmm, bench.processor),
+        build_model(lmm, bench.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
         build_processor(bench.processor, bench.checkpoint, lmm.vision.patch_size),
         bench.processor.end_token_ids,
         NEW_TOKENS,

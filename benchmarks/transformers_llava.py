@@ -31,9 +31,8 @@ IMAGE_TOKEN = "<0x00>"
 PROMPT = "<s>USER: {image}\n{question} ASSISTANT:"
 
 
-def build_model(lmm: LMM, processor: Processor, attention: str = "sdpa") -> Any:
-    """A LlavaForConditionalGeneration with the weights of `lmm`."""
-    image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+def build_model(lmm: LMM, image_id: int, attention: str = "sdpa") -> Any:
+    """A LlavaForConditionalGeneration with the weights of `lmm`; `image_id` marks an image."""
     vision, language = lmm.config.vision, lmm.config.language
     tied = bool(language.get("tie_word_embeddings"))
     config = LlavaConfig(
@@ -85,16 +84,21 @@ def build_processor(processor: Processor, checkpoint: Path, patch_size: int) -> 
 class TrainingStep:
     """Its own padded step: attention mask, full logits, AdamW; frozen vision backbone."""
 
-    def __init__(self, model: Any, rate: float, clip: float, autocast: bool) -> None:
+    def __init__(
+        self, model: Any, rate: float, clip: float, autocast: bool, align: bool = False
+    ) -> None:
         self.model, self.clip, self.autocast = model, clip, autocast
+        self.device = model.device.type
         model.train()
+        model.requires_grad_(not align)
+        model.model.multi_modal_projector.requires_grad_(True)
         model.model.vision_tower.requires_grad_(False).eval()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0, fused=True)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> float:
         """One optimizer step; gives the loss."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
             loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
@@ -107,12 +111,13 @@ def training_inputs(batch: Batch, image_id: int) -> dict[str, torch.Tensor]:
     """The same conversations as transformers takes them: image token ids and an attention mask."""
     if bool((batch.input_ids == image_id).any()):
         raise AssertionError(f"{IMAGE_TOKEN} stands in a text, so it cannot mark images")
-    columns = torch.arange(batch.input_ids.shape[1])
+    columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+    images = {"pixel_values": batch.pixel_values} if len(batch.pixel_values) else {}
     return {
         "input_ids": batch.input_ids.masked_fill(batch.input_ids == IMAGE_ID, image_id),
         "attention_mask": (columns < batch.lengths.unsqueeze(1)).long(),
         "labels": batch.labels,
-        "pixel_values": batch.pixel_values,
+        **images,
     }
 
 
