@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from speed import machine, rounded
-from transformers_llava import Answering, build_model, build_processor
+from transformers_llava import IMAGE_TOKEN, Answering, build_model, build_processor
 
 import pumice
 from pumice.core.files import read_jsonl
@@ -116,7 +116,7 @@ def measure(
     asked = [(item.prompt, item.image) for item in items]
     model = pumice.load(checkpoint, device="cpu", max_batch=ROWS)
     peer = Answering(
-        build_model(model.lmm, processor),
+        build_model(model.lmm, processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
         build_processor(processor, checkpoint, model.lmm.vision.patch_size),
         processor.end_token_ids,
         NEW_TOKENS,

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
-from transformers_llava import build_model
+from transformers_llava import IMAGE_TOKEN, build_model
 
 import pumice
 from pumice.infer.engine import Engine
@@ -87,7 +87,7 @@ class Bench:
 
     def __init__(self, lmm: LMM, processor: Processor, rounds: int) -> None:
         self.lmm, self.processor, self.rounds = lmm, processor, rounds
-        self.peer = build_model(lmm, processor).eval()
+        self.peer = build_model(lmm, processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).eval()
         self.image_id = self.peer.config.image_token_index
         self.pictures = [
             PIL.Image.effect_noise((200, 160), 60 + n).convert("RGB") for n in range(2)
