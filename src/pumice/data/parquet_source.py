@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,19 +31,19 @@ _TOGETHER, _KEPT = 8, 16
 _LARGE = 2**28
 
 
-class Table:
+class Table(ABC):
     """What parquet files and saved datasets share: a row is an object, its images are inside."""
 
     def __init__(self, name: str, images_dir: Path, question: str) -> None:
         self.name, self.question = name, question
         self._find_image = file_image(images_dir)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def content(self, row: int) -> dict[str, Any]:
         """The row as it is written; images are their encoded bytes."""
-        raise NotImplementedError
 
     def __getitem__(self, row: int) -> Sample:
         if not 0 <= row < len(self):
