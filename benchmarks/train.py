@@ -40,7 +40,8 @@ from pumice.models.pretrained import config_to_dict
 from pumice.processing.collate import Batch, collate, collate_packed
 from pumice.processing.processor import Encoded
 from pumice.train.adapters import set_trained
-from pumice.train.stages import PARTS, StageSpec
+from pumice.train.build import PARTS
+from pumice.train.stages import StageSpec
 from pumice.train.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.json"

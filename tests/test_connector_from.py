@@ -27,7 +27,7 @@ from pumice.models.lmm import LMM
 from pumice.models.tiling import TilingSpec
 from pumice.processing.processor import Processor
 from pumice.recipe.load import load_recipe
-from pumice.train import stages
+from pumice.train import build, stages
 from pumice.train.fingerprint import spec_fingerprint
 from pumice.train.stages import DataSpec, StageSpec, run_stage
 from pumice.world.datasets import make_world
@@ -106,7 +106,7 @@ def qformer_spec(folder: Path) -> StageSpec:
 
 def test_the_vision_half_and_the_qformer_of_an_instructblip(folder: Path, tmp_path: Path) -> None:
     spec = qformer_spec(folder)
-    stages.check_model(spec)
+    build.check_model(spec)
     result = run_stage(spec, tmp_path)
     lmm, processor = load_lmm(result.checkpoint), Processor.load(result.checkpoint)
     theirs = InstructBlipForConditionalGeneration.from_pretrained(folder / "instructblip")
@@ -127,7 +127,7 @@ def test_only_a_new_projection_is_scaled(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matched: list[str] = []
-    monkeypatch.setattr(stages, "_match_connector_scale", lambda lmm, _: matched.append("yes"))
+    monkeypatch.setattr(stages, "match_connector_scale", lambda lmm, _: matched.append("yes"))
     run_stage(qformer_spec(folder), tmp_path / "qformer")
     assert matched == ["yes"]
     source = run_stage(spec_of(folder), tmp_path / "mlp").checkpoint
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(
         load_connector(new_model(folder), tmp_path)
     with pytest.raises(PumiceError, match="do not fit this qformer.* checkpoint's own options"):
         options = QFORMER | {"queries": 4}
-        stages.check_model(dataclasses.replace(qformer_spec(folder), connector_options=options))
+        build.check_model(dataclasses.replace(qformer_spec(folder), connector_options=options))
 
 
 def test_the_fingerprint_names_the_weights_and_not_their_place(

@@ -12,7 +12,7 @@ from pumice.core.errors import PumiceError
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
 from pumice.recipe.load import load_recipe
-from pumice.train import stages
+from pumice.train import build
 from tokenizers_zoo import tokenizer
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -66,7 +66,7 @@ def test_each_stage_prepares_images_its_own_way(
     assert [spec.image_mode for spec in specs] == ["crop", "pad"]
     aligned = Processor(tokenizer("llama"), ImageSpec("crop", 336), "plain", None, 576)
     aligned.save(tmp_path / "align")
-    tuned = stages._build_processor(specs[1], None)  # type: ignore[arg-type]
+    tuned = build.build_processor(specs[1], None)  # type: ignore[arg-type]
     assert tuned.image_spec == ImageSpec("pad", 336) and tuned.template.name == "vicuna_v1"
 
 

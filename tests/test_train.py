@@ -290,10 +290,10 @@ def test_training_in_a_thread_leaves_signals_alone(spec: StageSpec, tmp_path: Pa
 def test_the_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
     spec: StageSpec, tmp_path: Path
 ) -> None:
-    from pumice.train.stages import _build_loader, _build_model, _build_processor
+    from pumice.train.build import build_loader, build_model, build_processor
 
-    lmm, _ = _build_model(spec)
-    loader = _build_loader(spec, _build_processor(spec, lmm))
+    lmm, _ = build_model(spec)
+    loader = build_loader(spec, build_processor(spec, lmm))
     batch = loader.micro_batches_at(0)[0]
     with torch.no_grad():
         together, count = lmm.loss(batch)

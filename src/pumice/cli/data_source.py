@@ -76,7 +76,7 @@ def _model_reader(model: str) -> Reader:
 def _recipe_reader(name: str, stage: str | None) -> Reader:
     from pumice.cli.stages import first_stage_spec
     from pumice.recipe.load import load_recipe
-    from pumice.train.stages import stage_processor
+    from pumice.train.build import stage_processor
 
     recipe = load_recipe(name)
     names = [entry for entry, _ in recipe.stage_list()]

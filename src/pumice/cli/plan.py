@@ -73,7 +73,7 @@ def _blank(recipe: Recipe) -> LMM:
     from pumice.cli.stages import stage_specs
     from pumice.models.costs import blank_model
     from pumice.models.published_configs import config_folder
-    from pumice.train.stages import model_config
+    from pumice.train.build import model_config
 
     # Where weights come from changes no shape.
     model = recipe.model.model_copy(update={"connector_from": None})

@@ -116,7 +116,7 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
     """Every name in the recipe means something, before anything is made or trained."""
     from pumice.processing.own_template import OWN
     from pumice.processing.templates import TEMPLATES
-    from pumice.train.stages import check_model
+    from pumice.train.build import check_model
 
     names = [name for name, _ in recipe.stage_list()]
     if stage is not None and stage not in names:
