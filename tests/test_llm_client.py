@@ -281,7 +281,7 @@ def test_images_travel_as_data_uris(tmp_path: Path) -> None:
         sent = chat_messages((user("What?", tmp_path / name), assistant("Red.")))
         image, text = sent[0]["content"]
         head, _, data = image["image_url"]["url"].partition(";base64,")
-        assert head == f"data:{media}" and text == {"type": "text", "text": "\nWhat?"}
+        assert head == f"data:{media}" and text == {"type": "text", "text": "What?"}
         if media == "image/jpeg":
             assert base64.b64decode(data) == (tmp_path / name).read_bytes()
         assert sent[1] == {"role": "assistant", "content": "Red."}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.cli.endpoint import check_options, is_url, remote_model
 from pumice.cli.options import (
+    ENDPOINT,
     LOADING,
     SAMPLING,
+    EndpointOptions,
     ImagesOption,
     JsonOption,
     LoadOptions,
@@ -19,6 +23,9 @@ from pumice.cli.options import (
     with_option_groups,
 )
 from pumice.cli.output import note, say, say_json
+
+if TYPE_CHECKING:
+    from pumice.core.types import Result
 
 
 def register(app: typer.Typer) -> None:
@@ -33,12 +40,16 @@ def ask(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The question.")],
     images: ImagesOption = None,
     sampling: SamplingOptions = SAMPLING,
+    endpoint: EndpointOptions = ENDPOINT,
     loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a model one question; print its answer."""
+    """Ask a model one question; print its answer.
+
+    MODEL may be the address of an OpenAI-compatible endpoint, as http://host/v1; its key is read
+    from PUMICE_API_KEY or OPENAI_API_KEY.
+    """
     from pumice.core.errors import PumiceError
-    from pumice.infer.model import load
 
     if not text.strip():
         # Before the model is loaded: most likely a shell variable that was not set.
@@ -46,12 +57,33 @@ def ask(
             f"the question is empty (given {text!r}); give the question as TEXT, in quotes: "
             'pumice ask MODEL "What is this?" --image FILE.'
         )
-    loaded = load(model, **asdict(loading))
-    result = loaded.ask(text, images=images or [], **asdict(sampling))
+    check_options(model, endpoint, loading)
+    if is_url(model):
+        result = _ask_endpoint(model, text, images or [], sampling, endpoint)
+    else:
+        from pumice.infer.model import load
+
+        loaded = load(model, **asdict(loading))
+        result = loaded.ask(text, images=images or [], **asdict(sampling))
     if as_json:
         keys = ("text", "finish_reason", "prompt_tokens", "image_tokens", "new_tokens")
-        say_json({key: getattr(result, key) for key in keys})
+        told = {key: getattr(result, key) for key in keys}
+        # OpenAI's API does not say how much of a prompt are images.
+        say_json(told | ({"image_tokens": None} if is_url(model) else {}))
         return
     say(result.text)
     if result.finish_reason == "length":
         note(f"(cut after {result.new_tokens} tokens; raise --max-new-tokens for more)")
+
+
+def _ask_endpoint(
+    url: str, text: str, images: list[Path], sampling: SamplingOptions, endpoint: EndpointOptions
+) -> Result:
+    from pumice.core.errors import PumiceError
+    from pumice.core.types import Request, Sampling, user
+
+    with remote_model(url, endpoint) as remote:
+        result = remote.ask(Request((user(text, *images),), Sampling(**asdict(sampling))))
+    if result.error is not None:
+        raise PumiceError(result.error)
+    return result

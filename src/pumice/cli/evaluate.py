@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.cli.endpoint import check_options, is_url, remote_model
 from pumice.cli.options import (
+    ENDPOINT,
     LOADING,
     AllowErrorsOption,
     BatchSizeOption,
     BenchOptionsOption,
+    CategoriesOption,
+    EndpointOptions,
     JsonOption,
     LimitOption,
     LoadOptions,
@@ -21,17 +26,21 @@ from pumice.cli.options import (
     with_option_groups,
 )
 from pumice.cli.output import note, say, say_json
-from pumice.cli.score_text import score_table
+from pumice.cli.score_text import category_tables, score_table
 from pumice.cli.weights import weights_hash
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from pumice.eval.scores import Scores
+    from pumice.eval.benchmark import Benchmark
+    from pumice.eval.runner import Answerer
+    from pumice.eval.scores import Scores, Served
 
 
 _Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A checkpoint directory or a shipped name (pocket)."),
+    typer.Argument(
+        metavar="MODEL", help="A checkpoint directory, a shipped name (pocket), or http://host/v1."
+    ),
 ]
 _Bench = Annotated[
     str | None, typer.Option("--bench", metavar="NAME[,NAME]", help="The benchmarks, or 'all'.")
@@ -60,6 +69,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     lines = (
         "pumice eval pocket --bench pope,vqav2 --data runs/world --out runs/eval",
+        "pumice eval http://127.0.0.1:8000/v1 --bench pope --data runs/world --out runs/served",
         "pumice eval --compare runs/eval runs/other",
     )
     app.command("eval", epilog=example(*lines))(with_option_groups(evaluate))
@@ -76,14 +86,17 @@ def evaluate(
     batch_size: BatchSizeOption = 16,
     control: _Control = None,
     allow_errors: AllowErrorsOption = False,
+    categories: CategoriesOption = False,
+    endpoint: EndpointOptions = ENDPOINT,
     loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
     """Run a model on benchmarks, or compare two runs.
 
-    DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes on where it
-    stopped. Started by torchrun, each process asks its share. Exits with 1 when a score is
-    withheld.
+    MODEL may be the address of an OpenAI-compatible endpoint; its key is read from PUMICE_API_KEY
+    or OPENAI_API_KEY. DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes
+    on where it stopped. Started by torchrun, each process asks its share. Exits with 1 when a score
+    is withheld.
     """
     if compare is not None:
         if model or bench or out:
@@ -100,66 +113,103 @@ def evaluate(
             f"{' and '.join(absent)} not given. Write `pumice eval MODEL --bench NAME --data DIR "
             f"--out DIR`, or `pumice eval --compare A B` for two directories written before."
         )
-    _run(
-        model, bench, data, out, option or (), limit, batch_size, control, allow_errors, loading,
-        as_json,
-    )  # fmt: skip
-
-
-def _run(
-    model: str,
-    bench: str,
-    data: Path,
-    out: Path,
-    option: Sequence[str],
-    limit: int | None,
-    batch_size: int,
-    control: str | None,
-    allow_errors: bool,
-    loading: LoadOptions,
-    as_json: bool,
-) -> None:
     from pumice.eval.choose import choose_benchmarks
     from pumice.eval.controls import CONTROLS
-    from pumice.eval.eval_report import report_eval
     from pumice.eval.locate import check_data_dir
-    from pumice.eval.ranks import joined
-    from pumice.eval.runner import run_benchmark
-    from pumice.infer.model import load
 
     # All that can be wrong without a model, before minutes are spent on loading one.
-    benchmarks = choose_benchmarks(bench.split(","), option)
+    check_options(model, endpoint, loading)
+    job = _Job(
+        benchmarks=choose_benchmarks(bench.split(","), option or ()),
+        data=data,
+        out=out,
+        limit=limit,
+        control=control,
+        allow_errors=allow_errors,
+    )
     check_data_dir(data)
     if control is not None:
         CONTROLS[control]
-    loaded = load(model, max_batch=batch_size, **asdict(loading))
-    weights = weights_hash(model, loading.quantize, loading.adapter)
+    with _subject(model, batch_size, endpoint, loading) as subject:
+        _run(job, subject, as_json, categories)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is to be evaluated, and how."""
+
+    benchmarks: Sequence[Benchmark]
+    data: Path
+    out: Path
+    limit: int | None
+    control: str | None
+    allow_errors: bool
+
+    def folder(self, benchmark: Benchmark) -> Path:
+        """Where the files of one benchmark go."""
+        name = benchmark.name
+        return self.out / (name if self.control is None else f"{name}-{self.control}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """Who is asked: how it answers, what names it, and where it is served if it is not here."""
+
+    title: str
+    answer: Answerer
+    weights: str
+    served: Served | None = None
+
+
+@contextmanager
+def _subject(
+    model: str, batch_size: int, endpoint: EndpointOptions, loading: LoadOptions
+) -> Iterator[_Subject]:
+    """The model of a directory or a shipped name, loaded; or the one at an address."""
+    if not is_url(model):
+        from pumice.infer.model import load
+
+        loaded = load(model, max_batch=batch_size, **asdict(loading))
+        weights = weights_hash(model, loading.quantize, loading.adapter)
+        yield _Subject(model, loaded.generate, weights)
+        return
+    from pumice.eval.scores import Served, fingerprint
+
+    with remote_model(model, endpoint) as remote:
+        served = Served(remote.client.url, remote.name, remote.images)
+        weights = f"endpoint-{fingerprint([served.url, served.model])}"
+        yield _Subject(f"{served.model} at {served.url}", remote.generate, weights, served)
+
+
+def _run(job: _Job, subject: _Subject, as_json: bool, categories: bool) -> None:
+    from pumice.eval.eval_report import report_eval
+    from pumice.eval.ranks import joined
+    from pumice.eval.runner import run_benchmark
+
     with joined() as ranks:
         all_scores = [
             run_benchmark(
-                loaded.generate,
+                subject.answer,
                 benchmark,
-                data,
-                out / _folder(benchmark.name, control),
-                weights=weights,
-                limit=limit,
-                control=control,
-                allow_errors=allow_errors,
+                job.data,
+                job.folder(benchmark),
+                weights=subject.weights,
+                limit=job.limit,
+                control=job.control,
+                allow_errors=job.allow_errors,
+                served=subject.served,
                 ranks=ranks,
             )
-            for benchmark in benchmarks
+            for benchmark in job.benchmarks
         ]
     if ranks.is_main:
-        folders = [out / _folder(benchmark.name, control) for benchmark in benchmarks]
-        report = report_eval(model, list(zip(benchmarks, folders, all_scores, strict=True)), out)
-        _show(all_scores, as_json)
+        folders = map(job.folder, job.benchmarks)
+        runs = list(zip(job.benchmarks, folders, all_scores, strict=True))
+        report = report_eval(subject.title, runs, job.out)
+        _show(all_scores, as_json, categories)
         note(f"report: {report}")
     if any(scores.failed for scores in all_scores):
         raise typer.Exit(1)
-
-
-def _folder(benchmark: str, control: str | None) -> str:
-    return benchmark if control is None else f"{benchmark}-{control}"
 
 
 def _compare(
@@ -181,11 +231,13 @@ def _compare(
             note(f"{one.benchmark}: {one.left_out} items that one did not answer are left out")
 
 
-def _show(all_scores: list[Scores], as_json: bool) -> None:
+def _show(all_scores: list[Scores], as_json: bool, categories: bool) -> None:
     if as_json:
         say_json({"benchmarks": {scores.benchmark: scores.to_dict() for scores in all_scores}})
     else:
         say(score_table(all_scores))
+        if categories:
+            say(category_tables(all_scores))
     for scores in all_scores:
         for line in scores.notes:
             note(f"{scores.benchmark}: {line}")

@@ -50,6 +50,9 @@ LimitOption = Annotated[
 AllowErrorsOption = Annotated[
     bool, typer.Option("--allow-errors", help="Score the rest although some items are errors.")
 ]
+CategoriesOption = Annotated[
+    bool, typer.Option("--categories", help="Also a table of each benchmark's categories.")
+]
 DataOption = Annotated[
     Path, typer.Option("--data", metavar="DIR", help="Directory of the official files.")
 ]
@@ -87,8 +90,25 @@ class LoadOptions:
     adapter: AdapterOption = "merge"
 
 
-SAMPLING, LOADING = SamplingOptions(), LoadOptions()
-_GROUPS = (SamplingOptions, LoadOptions)
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """How a model behind an address is asked: for commands whose MODEL may be one."""
+
+    api_model: Annotated[
+        str | None,
+        typer.Option("--api-model", metavar="NAME", help="Its name there; if there are several."),
+    ] = None
+    api_images: Annotated[
+        Literal["as-is", "square"],
+        typer.Option("--api-images", help="as-is: the files' bytes; square: padded, as LLaVA-1.5."),
+    ] = "as-is"
+    concurrency: Annotated[int, typer.Option(min=1, help="Calls of an address at a time.")] = 16
+    per_minute: Annotated[float | None, typer.Option(help="Calls of it a minute, at most.")] = None
+    timeout: Annotated[float, typer.Option(help="Seconds before a call is given up.")] = 300.0
+
+
+SAMPLING, LOADING, ENDPOINT = SamplingOptions(), LoadOptions(), EndpointOptions()
+_GROUPS = (SamplingOptions, LoadOptions, EndpointOptions)
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +132,9 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _spread(group: type[SamplingOptions | LoadOptions]) -> list[inspect.Parameter]:
+def _spread(
+    group: type[SamplingOptions | LoadOptions | EndpointOptions],
+) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

@@ -10,12 +10,13 @@ import typer
 from pumice.cli.options import (
     AllowErrorsOption,
     BenchOptionsOption,
+    CategoriesOption,
     DataOption,
     JsonOption,
     example,
 )
 from pumice.cli.output import note, say, say_json
-from pumice.cli.score_text import score_table
+from pumice.cli.score_text import category_tables, score_table
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +36,7 @@ def score(
     ],
     option: BenchOptionsOption = None,
     allow_errors: AllowErrorsOption = False,
+    categories: CategoriesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score an answers file without a model.
@@ -51,6 +53,8 @@ def score(
         say_json(scores.to_dict())
     else:
         say(score_table([scores]))
+        if categories:
+            say(category_tables([scores]))
     for line in scores.notes:
         note(f"{scores.benchmark}: {line}")
     if scores.withheld:

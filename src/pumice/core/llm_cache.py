@@ -11,7 +11,9 @@ from pumice.core.errors import PumiceError
 from pumice.core.files import JsonlWriter, read_jsonl
 from pumice.core.llm_types import Reply
 
-_KEPT = ("text", "finish_reason", "model", "prompt_tokens", "completion_tokens", "cost")
+_KEPT = (
+    "text", "has_text", "finish_reason", "model", "prompt_tokens", "completion_tokens", "cost",
+)  # fmt: skip
 
 
 class ReplyCache:

@@ -123,9 +123,13 @@ class LLMClient:
     ) -> None:
         self.close()
 
+    def stop(self) -> None:
+        """Nothing more is sent: calls under way end, retries and waiting requests give up."""
+        self._stop.set()
+
     def close(self) -> None:
         """Ends waiting requests and closes connections and cache."""
-        self._stop.set()
+        self.stop()
         self._http.close()
         if self.cache is not None:
             self.cache.close()
@@ -133,6 +137,28 @@ class LLMClient:
     def is_cached(self, request: ChatRequest) -> bool:
         """Whether this request would cost nothing."""
         return self.cache is not None and request.key(self.url) in self.cache
+
+    def models(self) -> list[str]:
+        """The names of the models the endpoint serves; none where it has no such list.
+
+        Raises PumiceError when it cannot be reached or refuses the key.
+        """
+        try:
+            answer = self._http.get(f"{self.url}/models")
+        except httpx2.TransportError as error:
+            raise PumiceError(
+                f"{self.url} cannot be reached ({error!r}). Check the address (up to and with the "
+                f"version, as http://host/v1) and whether the server runs."
+            ) from error
+        if answer.status_code in (401, 403):
+            raise PumiceError(
+                f"{self.url} refuses the key ({answer.status_code}: {_excerpt(answer)}). Set "
+                f"PUMICE_API_KEY or OPENAI_API_KEY to a valid one."
+            )
+        try:
+            return [str(entry["id"]) for entry in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError):
+            return []
 
     def ask(self, request: ChatRequest) -> Reply:
         """The answer to one request, from the cache or the endpoint, or a failure."""
@@ -263,16 +289,17 @@ def _reply(answer: httpx2.Response, key: str, prices: Prices | None) -> Reply | 
     try:
         content = answer.json()
         choice = content["choices"][0]
-        text = choice["message"].get("content") or ""
+        text = choice["message"].get("content")
         usage = content.get("usage") or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         return None
     reply = Reply(
         key=key,
-        text=text,
+        text=text or "",
+        has_text=text is not None,
         finish_reason=str(choice.get("finish_reason") or ""),
         model=str(content.get("model") or ""),
     )

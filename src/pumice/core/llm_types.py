@@ -78,13 +78,15 @@ class Failure:
 class Reply:
     """An answer with its cost, or a failure; a failure is never an empty text.
 
-    `finish_reason` "length" says that the text was cut at `max_tokens`. `cost` is what the reply
-    cost when it was paid, in the currency of the prices; None without prices. `cached` says that
-    this call cost nothing. `attempts` counts the calls that were made for it now.
+    `finish_reason` "length" says that the text was cut at `max_tokens`. `has_text` False: there was
+    no text at all (null, as beside a refusal or hidden reasoning), not even an empty one. `cost` is
+    what the reply cost when it was paid, in the currency of the prices; None without prices.
+    `cached` says that this call cost nothing. `attempts` counts the calls made for it now.
     """
 
     key: str
     text: str = ""
+    has_text: bool = True
     finish_reason: str = ""
     model: str = ""
     prompt_tokens: int = 0
@@ -132,22 +134,29 @@ class Prices:
 
 
 def chat_messages(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
-    """Our messages in OpenAI's form: plain text, or parts with images as data URIs."""
+    """Our messages in OpenAI's form: plain text, or parts with images as data URIs.
+
+    The line break between an image and the text behind it is a template's, so the server's own
+    template sets it, and it is not sent.
+    """
     return tuple(
         {
             "role": message.role,
-            "content": [_part(part) for part in message.content]
-            if message.images
-            else message.text,
+            "content": _parts(message.content) if message.images else message.text,
         }
         for message in messages
     )
 
 
-def _part(part: Part) -> dict[str, Any]:
-    if isinstance(part, ImagePart):
-        return {"type": "image_url", "image_url": {"url": _data_uri(part)}}
-    return {"type": "text", "text": part.text}
+def _parts(content: Sequence[Part]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for before, part in zip((None, *content), content, strict=False):
+        if isinstance(part, ImagePart):
+            parts.append({"type": "image_url", "image_url": {"url": _data_uri(part)}})
+            continue
+        text = part.text.removeprefix("\n") if isinstance(before, ImagePart) else part.text
+        parts.append({"type": "text", "text": text})
+    return parts
 
 
 def _data_uri(part: ImagePart) -> str:

@@ -21,7 +21,11 @@ from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.metrics import evaluate, paired_draws
 from pumice.eval.prediction_files import PREDICTIONS, PredictionFiles
 from pumice.eval.runner import SCORES, Asking
-from pumice.eval.scores import Scores, fingerprint, full_protocol, row_protocol
+from pumice.eval.scores import Scores
+
+# What a server does of its own is a part of its model, as the template is of a model here; so a
+# model here and one behind an endpoint can be compared.
+_MODELS_OWN = ("fingerprint", "prompt_template", "images_sent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +225,13 @@ def _name(folder: Path) -> str:
 def _check_protocols(
     a: Mapping[str, Any], b: Mapping[str, Any], where_a: Path, where_b: Path
 ) -> None:
-    if a.get("fingerprint") == b.get("fingerprint"):
-        return
     keys = [
-        key for key in dict.fromkeys([*a, *b]) if key != "fingerprint" and a.get(key) != b.get(key)
+        key
+        for key in dict.fromkeys([*a, *b])
+        if key not in _MODELS_OWN and a.get(key) != b.get(key)
     ]
+    if not keys:
+        return
     told = "; ".join(f"{key}: {a.get(key)!r} and {b.get(key)!r}" for key in keys)
     raise DataError(
         f"{where_a} and {where_b} cannot be compared, because they were not asked the same: {told}."
@@ -246,10 +252,9 @@ def items_of_run(
         raise DataError(
             f"{folder / SCORES} does not say where the official files are. Give them with --data."
         )
-    asking = Asking(origin.get("limit"), origin.get("control"), origin.get("seed", 0))
+    asking = Asking.of_run(origin)
     items = asking.items(benchmark, given, folder)
-    now = full_protocol(benchmark, items, control=asking.control)
-    if now["fingerprint"] != scores.protocol["fingerprint"]:
+    if asking.protocol(benchmark, items)["fingerprint"] != scores.protocol["fingerprint"]:
         raise DataError(
             f"the files in {given} are not those that {folder} was asked from (or another version "
             f"of pumice reads them otherwise). Give the right ones with --data, or run again."
@@ -261,11 +266,7 @@ def rows_of_run(
     folder: Path, benchmark: Benchmark, items: Sequence[Item], scores: Scores
 ) -> dict[str, Row]:
     """The rows in a run's directory by item id, errors among them."""
-    control = scores.origin.get("control")
-    key = {
-        "protocol": fingerprint(row_protocol(benchmark, control=control)),
-        "weights": scores.origin.get("weights", ""),
-    }
+    key = Asking.of_run(scores.origin).row_key(benchmark, scores.origin.get("weights", ""))
     return PredictionFiles(folder, benchmark, items, key).read()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pumice.core.errors import DataError
 from pumice.core.files import JsonlWriter, read_json, write_json
@@ -20,7 +20,14 @@ from pumice.eval.controls import CONTROLS
 from pumice.eval.locate import check_data_dir
 from pumice.eval.prediction_files import PredictionFiles, answered_row
 from pumice.eval.ranks import Ranks, neighbours
-from pumice.eval.scores import Scores, fingerprint, full_protocol, make_scores, row_protocol
+from pumice.eval.scores import (
+    Scores,
+    Served,
+    fingerprint,
+    full_protocol,
+    make_scores,
+    row_protocol,
+)
 
 OnResult = Callable[[Result], None]
 Answerer = Callable[[Sequence[Request], OnResult | None], list[Result]]
@@ -38,12 +45,33 @@ class Asking:
     """Which of a benchmark's items are asked, and how.
 
     `limit` takes that many items, spread evenly. `control` asks the questions in a way that should
-    destroy the score.
+    destroy the score. `served` says that a model behind an endpoint is asked.
     """
 
     limit: int | None = None
     control: str | None = None
     seed: int = 0
+    served: Served | None = None
+
+    @classmethod
+    def of_run(cls, origin: Mapping[str, Any]) -> Self:
+        """How the run was asked whose scores.json has this origin."""
+        served = origin.get("served")
+        return cls(
+            origin.get("limit"),
+            origin.get("control"),
+            origin.get("seed", 0),
+            None if served is None else Served(**served),
+        )
+
+    def row_key(self, benchmark: Benchmark, weights: str) -> dict[str, str]:
+        """What a row on disk must have in common with this run to be one of its own."""
+        protocol = row_protocol(benchmark, control=self.control, served=self.served)
+        return {"protocol": fingerprint(protocol), "weights": weights}
+
+    def protocol(self, benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
+        """The protocol of scores.json."""
+        return full_protocol(benchmark, items, control=self.control, served=self.served)
 
     def items(self, benchmark: Benchmark, data_dir: Path, out_dir: Path) -> list[Item]:
         """The items with all they show on disk; what a control shows is below `out_dir`."""
@@ -68,25 +96,25 @@ def run_benchmark(
     control: str | None = None,
     allow_errors: bool = False,
     seed: int = 0,
+    served: Served | None = None,
     ranks: Ranks | None = None,
 ) -> Scores:
     """Asks every item and writes `out_dir`/predictions.jsonl and scores.json.
 
     Rows already there are kept when protocol, `weights` (a hash that names the model), item and
-    prompt are the same; so a killed run goes on where it stopped. `limit` and `control`: see
-    `Asking`. Of several `ranks` each asks its share and the main one merges. While it runs, and
+    prompt are the same; so a killed run goes on where it stopped. `limit`, `control` and `served`:
+    see `Asking`. Of several `ranks` each asks its share and the main one merges. While it runs, and
     when it ends before all is asked, scores.json says what is missing and gives no score.
     """
     ranks = ranks or Ranks()
-    asking = Asking(limit, control, seed)
-    key = {"protocol": fingerprint(row_protocol(benchmark, control=control)), "weights": weights}
+    asking = Asking(limit, control, seed, served)
     with ranks.main_first():
         items = asking.items(benchmark, data_dir, out_dir)
-        files = PredictionFiles(out_dir, benchmark, items, key)
+        files = PredictionFiles(out_dir, benchmark, items, asking.row_key(benchmark, weights))
         rows = files.gather() if ranks.is_main else files.read()
         pending = [item for item in items if item.id not in rows]
         origin = {"data": str(data_dir.resolve()), "weights": weights, **asdict(asking)}
-        scoring = _Scoring(files, control, origin, allow_errors)
+        scoring = _Scoring(files, asking.protocol(benchmark, items), origin, allow_errors)
         if ranks.is_main and pending:
             scoring.write(rows, finished=False)
     title = benchmark.name
@@ -117,7 +145,7 @@ class _Scoring:
     """Writes scores.json of a run from the rows it has."""
 
     files: PredictionFiles
-    control: str | None
+    protocol: dict[str, Any]
     origin: dict[str, Any]
     allow_errors: bool
 
@@ -127,7 +155,7 @@ class _Scoring:
             self.files.benchmark,
             items,
             [rows[item.id] for item in items if item.id in rows],
-            protocol=full_protocol(self.files.benchmark, items, control=self.control),
+            protocol=self.protocol,
             allow_errors=self.allow_errors,
             finished=finished,
             origin=self.origin,

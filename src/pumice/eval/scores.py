@@ -127,14 +127,37 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model behind an endpoint: where, its name there, and how images are sent."""
+
+    url: str
+    model: str
+    images: str
+
+    def protocol(self) -> dict[str, str]:
+        """What a protocol has to say that leaves these things to a server."""
+        return {
+            "prompt_template": "the server's own",
+            "images_sent": {
+                "as-is": "the files' bytes; preparing them is the server's",
+                "square": "padded to a square with CLIP's mean colour",
+            }[self.images],
+        }
+
+
 def full_protocol(
-    benchmark: Benchmark, items: Sequence[Item], *, control: str | None = None
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    *,
+    control: str | None = None,
+    served: Served | None = None,
 ) -> dict[str, Any]:
     """The benchmark's protocol with the items it was applied to and its fingerprint.
 
     Two scores are comparable when their fingerprints are equal.
     """
-    protocol = row_protocol(benchmark, control=control)
+    protocol = row_protocol(benchmark, control=control, served=served)
     protocol["items"] = len(items)
     protocol["items_hash"] = fingerprint(
         [(item.id, item.prompt, item.truth, item.image and item.image.name) for item in items]
@@ -143,7 +166,9 @@ def full_protocol(
     return protocol
 
 
-def row_protocol(benchmark: Benchmark, *, control: str | None) -> dict[str, Any]:
+def row_protocol(
+    benchmark: Benchmark, *, control: str | None, served: Served | None = None
+) -> dict[str, Any]:
     """What decides a single row's answer and score, whichever other rows there are."""
     return {
         "benchmark": benchmark.name,
@@ -153,6 +178,7 @@ def row_protocol(benchmark: Benchmark, *, control: str | None) -> dict[str, Any]
         "max_new_tokens": benchmark.max_new_tokens,
         "temperature": 0.0,
         "control": control,
+        **(served.protocol() if served is not None else {}),
     }
 
 

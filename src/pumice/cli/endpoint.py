@@ -1,0 +1,53 @@
+"""Models behind an OpenAI-compatible endpoint, where a command takes MODEL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from pumice.cli.options import ENDPOINT, LOADING, EndpointOptions, LoadOptions
+from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.infer.remote import RemoteModel
+
+_KEYS = ("PUMICE_API_KEY", "OPENAI_API_KEY")
+
+
+def is_url(model: str) -> bool:
+    """Whether MODEL is the address of an endpoint."""
+    return model.startswith(("http://", "https://"))
+
+
+def check_options(model: str, endpoint: EndpointOptions, loading: LoadOptions) -> None:
+    """An error when an option is given that only the other kind of MODEL has."""
+    given, default, other = (
+        (loading, LOADING, "a model that is loaded here")
+        if is_url(model)
+        else (endpoint, ENDPOINT, "a MODEL that is an address, as http://host/v1")
+    )
+    names = [f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+    if names:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise PumiceError(f"{flags} belongs to {other}; MODEL is {model!r}. Leave it out.")
+
+
+@contextmanager
+def remote_model(url: str, options: EndpointOptions) -> Iterator[RemoteModel]:
+    """The endpoint's model while the block runs. The key is in the environment, if it needs one."""
+    from pumice.core.llm_client import Endpoint, LLMClient
+    from pumice.infer.remote import RemoteModel, choose_model
+
+    endpoint = Endpoint(
+        url=url,
+        api_key=next((key for name in _KEYS if (key := os.environ.get(name))), None),
+        concurrency=options.concurrency,
+        per_minute=options.per_minute,
+        timeout=options.timeout,
+    )
+    with LLMClient(endpoint) as client:
+        name = choose_model(client, options.api_model)
+        yield RemoteModel(client, name, images=options.api_images)
