@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -14,13 +17,16 @@ from conftest import Run
 from eval_files import dump
 from pumice.core.errors import DataError, PumiceError
 from pumice.data.loader import Loader
-from pumice.data.mix import MixPart, read_record, record_path, write_mix
+from pumice.data.mix import Expected, MixPart, read_record, record_path, write_mix
 from pumice.data.mixture import Mixture, Part
+from pumice.data.open_source import open_source
 from pumice.data.sources import LlavaJson
+from pumice.data.written_rows import stored_images
 from pumice.processing.processor import Processor
 from pumice.recipe.mixture import load_mixture, mixture_names
 from pumice.train.data_card import card_text, data_card
 from pumice.train.stages import DataSpec
+from source_files import WRITERS, bytes_of, picture
 
 
 def rows(name: str, count: int, *, image: str | None = None) -> list[dict[str, Any]]:
@@ -160,12 +166,79 @@ def test_wrong_keys_are_named(sources: Path, keys: dict[str, Any], told: str) ->
         load_mixture("llava15-655k")
 
 
-def test_embedded_images_are_refused(tmp_path: Path) -> None:
-    content = [{"image": {"bytes": "x"}, "conversations": rows("a", 1)[0]["conversations"]}]
-    dump(tmp_path / "a.json", content)
-    part = MixPart(name="a", source=LlavaJson(tmp_path / "a.json", tmp_path), images=tmp_path)
-    with pytest.raises(DataError, match="no names of files"):
+def write_captions(folder: Path) -> Path:
+    """A folder of pictures whose captions are in a table."""
+    (folder / "captions").mkdir()
+    for number in range(3):
+        (folder / f"captions/{number}.png").write_bytes(picture(f"{number}a.png"))
+    lines = [f"{number}.png,Seen {number}" for number in range(3)]
+    (folder / "captions/metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    return folder / "captions"
+
+
+def write_parts(folder: Path) -> Path:
+    """Chats whose parts hold what LLaVA's layout cannot say: its mark as text, a system text."""
+    (folder / "0.png").write_bytes(picture("0a.png"))
+    asked = [{"type": "text", "text": "Is <image> a word? "}, {"type": "image"}]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    (folder / "parts.jsonl").write_text(json.dumps({"images": ["0.png"], "messages": turns}))
+    return folder / "parts.jsonl"
+
+
+@pytest.mark.parametrize(
+    "writer", [*WRITERS.values(), write_captions, write_parts], ids=lambda writer: writer.__name__
+)
+def test_what_a_source_gives_the_mixed_file_gives(
+    writer: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    for name in ("in", "pictures"):
+        (tmp_path / name).mkdir()
+    source = open_source(writer(tmp_path / "in"), question="What is it?")
+    out = tmp_path / "out" / "train.jsonl"
+    part = MixPart(name="one", source=source)
+    record = write_mix([part], out, name="m", seed=0, images=tmp_path / "pictures")
+    mixed = LlavaJson(out, tmp_path / "pictures")
+    given = {sample.id: sample for sample in map(mixed.__getitem__, range(len(mixed)))}
+    assert len(given) == len(source) == record["rows"]
+    pictures = set()
+    for row in range(len(source)):
+        sample = source[row]
+        assert bytes_of(given[sample.id]) == bytes_of(sample)
+        pictures |= {part.image for part in sample.images if isinstance(part.image, bytes)}
+    # Only what was inside a file is written, and once.
+    stored = stored_images(out)
+    written = {path.read_bytes() for path in stored.iterdir()} if pictures else set()
+    assert written == pictures and record["images_written"] == len(pictures)
+    assert stored.exists() == bool(pictures)
+
+
+def test_nothing_is_left_of_a_mixture_that_does_not_come_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = open_source(WRITERS["parquet"](tmp_path / "in"))
+    part = MixPart(name="one", source=source, expected=Expected(images=1))
+    out = tmp_path / "out" / "train.jsonl"
+    with pytest.raises(DataError, match="expected 1"):
+        write_mix([part], out, name="m", seed=0, images=tmp_path)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_picture_inside_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    table = pa.Table.from_pylist([{"id": "x", "image": {"bytes": b"no"}, "conversations": turns}])
+    pq.write_table(table, tmp_path / "a.parquet")
+    part = MixPart(name="one", source=open_source(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"'x' \(.*a.parquet, row 1\).*not an image"):
         write_mix([part], tmp_path / "out.jsonl", name="m", seed=0, images=tmp_path)
+
+
+def test_a_source_is_not_overwritten(sources: Path) -> None:
+    part = MixPart(name="one", source=LlavaJson(sources / "text.json", sources))
+    with pytest.raises(PumiceError, match="is a source"):
+        write_mix([part], sources / "text.json", name="m", seed=0, images=sources)
 
 
 # The real mixture

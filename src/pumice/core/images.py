@@ -79,12 +79,16 @@ def open_image(
 
 
 class ImageHeader(NamedTuple):
-    """What a picture's header says: upright width and height, Pillow's mode, EXIF orientation."""
+    """What a picture's header says: upright width and height, Pillow's mode, EXIF orientation.
+
+    `format` is Pillow's name of the file format, such as JPEG.
+    """
 
     size: tuple[int, int]
     mode: str
     orientation: int
     transparent: bool
+    format: str
 
 
 def image_header(source: Path | bytes, *, where: str = "") -> ImageHeader:
@@ -93,7 +97,11 @@ def image_header(source: Path | bytes, *, where: str = "") -> ImageHeader:
     with _opened(source, name, where) as file:
         image = _identify(file, name, where)
         return ImageHeader(
-            _upright_size(image), image.mode, _orientation(image), image.has_transparency_data
+            _upright_size(image),
+            image.mode,
+            _orientation(image),
+            image.has_transparency_data,
+            str(image.format),
         )
 
 

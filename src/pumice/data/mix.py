@@ -1,6 +1,7 @@
 """Several sources written as one file of rows; counts are checked, ids are hashed.
 
-The rows are those of the first epoch of a `Mixture`, in its order. Beside the file lies its record.
+The rows are those of the first epoch of a `Mixture`, in its order. Beside the file lies its record,
+and the images that were inside the sources.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import read_json, sha256_bytes, sha256_file, write_json
 from pumice.core.progress import progress
 from pumice.data.mixture import Mixture, Part
-from pumice.data.row_layouts import IMAGE_KEYS, image_entries, row_name, row_size
+from pumice.data.row_layouts import image_entries, row_name
 from pumice.data.sources import Source
+from pumice.data.written_rows import RowWriter
 
 _SUFFIX = ".mix.json"
 WHOLE = "the whole mixture"
@@ -37,11 +39,10 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixPart:
-    """A source of a mixture, the directory of its images, and how much of it is taken."""
+    """A source of a mixture, and how much of it is taken."""
 
     name: str
     source: Source
-    images: Path
     weight: float | None = None
     cap: int | None = None
     epochs: int = 1
@@ -58,11 +59,11 @@ class Counts:
     names: set[str] = field(default_factory=set)
     folders: Counter[str] = field(default_factory=Counter)
 
-    def add(self, images: list[str], slots: int) -> None:
-        """Count a row with these images (those listed) and so many in all."""
+    def add(self, images: list[str]) -> None:
+        """Count a row with these images."""
         self.rows += 1
-        self.with_image += slots > 0
-        self.without_image += slots == 0
+        self.with_image += bool(images)
+        self.without_image += not images
         self.names.update(images)
         if images:
             self.folders[os.path.dirname(images[0])] += 1
@@ -94,8 +95,9 @@ def write_mix(
 ) -> dict[str, Any]:
     """Write the rows of one epoch to `out` as JSON lines and give the record.
 
-    Images are named below `images`. A count that is not the expected one is an error, and nothing
-    is written; `accept` names sources whose counts may differ, which the record says.
+    Images are named below `images`; those inside a source are written out. A count that is not the
+    expected one is an error, and nothing is written; `accept` names sources whose counts may
+    differ, which the record says.
     """
     unknown = sorted(set(accept) - {part.name for part in parts})
     if unknown:
@@ -103,6 +105,9 @@ def write_mix(
             f"--accept {unknown[0]} is no source of {name}; its sources are "
             f"{', '.join(part.name for part in parts)}."
         )
+    for part in parts:
+        if Path(part.source.name).resolve() == out.resolve():
+            raise PumiceError(f"--out {out} is a source of {name} itself; give another name.")
     mixture = Mixture([Part(p.source, p.weight, p.cap, p.epochs) for p in parts], seed)
     checked = [part for part in parts if part.expected and part.name not in accept]
     # The numbers of rows are known before any is read.
@@ -111,18 +116,19 @@ def write_mix(
         name,
         [f for p in checked for f in _differing(p.name, p.expected, {"rows": counted[p.name]})],
     )
-    mixed = _Mixed(parts, mixture, images)
     out.parent.mkdir(parents=True, exist_ok=True)
     part_file = out.with_name(f".{out.name}.part")
-    try:
-        with part_file.open("w", encoding="utf-8") as file:
-            file.writelines(mixed.lines())
-        _refuse(name, mixed.differing(checked, None if accept else expected))
-        part_file.replace(out)
-    finally:
-        part_file.unlink(missing_ok=True)
+    with RowWriter(out, images) as writer:
+        mixed = _Mixed(parts, mixture, writer)
+        try:
+            with part_file.open("w", encoding="utf-8") as file:
+                file.writelines(mixed.lines())
+            _refuse(name, mixed.differing(checked, None if accept else expected))
+            part_file.replace(out)
+        finally:
+            part_file.unlink(missing_ok=True)
     record = {"mixture": name, "seed": seed, "out": out.name, "sha256": sha256_file(out)}
-    record |= mixed.record(accept)
+    record |= mixed.record(accept) | {"images_written": len(writer.stored)}
     write_json(record_path(out), record)
     return record
 
@@ -143,21 +149,18 @@ def read_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
 class _Mixed:
     """The rows of a mixture on their way into a file, counted."""
 
-    def __init__(self, parts: Sequence[MixPart], mixture: Mixture, images: Path) -> None:
-        self.parts, self.mixture, self.images = parts, mixture, images
+    def __init__(self, parts: Sequence[MixPart], mixture: Mixture, writer: RowWriter) -> None:
+        self.parts, self.mixture, self.writer = parts, mixture, writer
         self.counts = [Counts() for _ in parts]
         self.ids: list[str] = []
-        self._moved = [
-            None if part.images.resolve() == images.resolve() else part.images for part in parts
-        ]
 
     def lines(self) -> Iterator[str]:
         with progress(len(self.mixture), "mixing") as bar:
             for index, row in self.mixture.order(0):
                 part = self.parts[index]
-                content = self._row(index, row)
+                content = self.writer.row(part.source, row)
                 self.ids.append(f"{part.name}\t{row_name(content, row)}")
-                self.counts[index].add(image_entries(content), row_size(content)[1])
+                self.counts[index].add(image_entries(content))
                 bar.update()
                 yield json.dumps({**content, "source": part.name}, ensure_ascii=False) + "\n"
 
@@ -200,22 +203,6 @@ class _Mixed:
             whole.names |= counts.names
             whole.folders += counts.folders
         return whole
-
-    def _row(self, index: int, row: int) -> dict[str, Any]:
-        source, folder = self.parts[index].source, self._moved[index]
-        content = source.content(row)
-        entries, slots = image_entries(content), row_size(content)[1]
-        listed = all(isinstance(entry, str) for entry in entries)
-        if not listed or (folder is not None and slots > len(entries)):
-            raise DataError(
-                f"{source.place(row)}: its images are no names of files in 'image', and only those "
-                f"can be written to a mixed file. Take this source into a recipe directly."
-            )
-        if folder is None or not entries:
-            return content
-        names = [os.path.relpath(folder / entry, self.images) for entry in entries]
-        key = next(key for key in IMAGE_KEYS if content.get(key) is not None)
-        return {**content, key: names if isinstance(content[key], list) else names[0]}
 
 
 def _numbers(counts: Counts, expected: Expected | None) -> dict[str, int]:

@@ -114,6 +114,12 @@ def image_entries(content: dict[str, Any]) -> list[Any]:
     return []
 
 
+def is_llava_row(content: dict[str, Any]) -> bool:
+    """Whether a row is in LLaVA's layout and names its images as files."""
+    named = all(isinstance(entry, str) for entry in image_entries(content))
+    return named and content.get("conversations") is not None
+
+
 def row_size(content: dict[str, Any]) -> tuple[int, int]:
     """Characters of text and number of images, without any check."""
     texts: list[Any] = []

@@ -12,6 +12,7 @@ from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import parse_row, sha256_file, write_atomic
 from pumice.data.findings import Report
 from pumice.data.sources import LlavaJson, Source
+from pumice.data.written_rows import RowWriter
 
 _SUFFIX = ".verify.jsonl"
 
@@ -56,29 +57,36 @@ def read_summary(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def write_clean(source: Source, bad_rows: set[int], out: Path) -> int:
-    """The rows of a JSON file without the bad ones, byte for byte; gives how many are left."""
-    if not isinstance(source, LlavaJson):
-        raise PumiceError(
-            f"{source.name} is no JSON file, and only of those a clean copy can be written. Use "
-            f"--policy report, and leave out the rows the manifest names when you make it again."
-        )
-    if out.resolve() == source.path.resolve():
+    """The rows without the bad ones; gives how many are left.
+
+    Those of a JSON file are copied byte for byte, others written as `pumice data mix` writes them.
+    """
+    if isinstance(source, LlavaJson) and out.resolve() == source.path.resolve():
         raise PumiceError(f"--out {out} is the data file itself; give another name for the copy.")
     good = [row for row in range(len(source)) if row not in bad_rows]
     if not good:
         raise DataError(
-            f"every row of {source.path} has an error, so nothing would be left; at least one good "
+            f"every row of {source.name} has an error, so nothing would be left; at least one good "
             f"row is needed. See the manifest for what is wrong."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     try:
-        with part.open("wb") as file:
-            file.writelines(_copied(source, good))
-        part.replace(out)
+        with RowWriter(out, out.parent) as writer:
+            with part.open("wb") as file:
+                file.writelines(
+                    _copied(source, good)
+                    if isinstance(source, LlavaJson)
+                    else (_line(writer.row(source, row)) for row in good)
+                )
+            part.replace(out)
     finally:
         part.unlink(missing_ok=True)
     return len(good)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def _copied(source: LlavaJson, good: list[int]) -> Iterable[bytes]:

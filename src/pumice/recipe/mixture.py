@@ -67,7 +67,6 @@ class MixtureFile(Section):
                     kind=entry.kind,
                     question=entry.question,
                 ),
-                images=root / (self.images if entry.images is None else entry.images),
                 weight=entry.weight,
                 cap=entry.cap,
                 epochs=entry.epochs,
