@@ -11,25 +11,22 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import itertools
 import json
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
-from pocket import machine
+from measured import where, write
+from server_process import Process, serving
 
 from pumice.world.scenes import random_scene, render
 
-RESULTS = Path(__file__).resolve().parent / "results" / "serve.json"
 PICTURES = 200
 QUESTIONS = (
     "What color is the background?\nAnswer the question using a single word or phrase.",
@@ -48,48 +45,27 @@ def main() -> None:
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--max-waiting", type=int, default=32)
     arguments = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pumice", "serve", arguments.model, "--port", str(port)]
-    command += ["--max-waiting", str(arguments.max_waiting)]
-    server = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(url)
-        record = measure(url, server.pid, arguments.clients, arguments.seconds)
-        assert server.poll() is None, "the server ended"
-    finally:
-        server.terminate()
-        server.wait(60)
+    options = ("--max-waiting", str(arguments.max_waiting))
+    with serving(arguments.model, *options) as server:
+        record = measure(server, arguments.clients, arguments.seconds)
     record = {
-        "command": f"python benchmarks/serve.py --clients {arguments.clients} "
-        f"--seconds {arguments.seconds:g}",
-        "machine": machine(),
+        **where("serve.py"),
         "model": arguments.model,
         "max_waiting": arguments.max_waiting,
         "protocol": "clients that ask again at once (after 429: after Retry-After); an image each, "
-        "200 pictures, four questions, at most 48 tokens; clients run on the same cores",
+        f"of {PICTURES} or, every fourth time, one never shown before; four questions, at most 48 "
+        "tokens; half of the clients OpenAI's, half raw HTTP, half of the answers streamed; "
+        "clients run on the same cores",
         **record,
-        "ended_with": server.returncode,
+        "ended_with": server.status,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    write("serve.json", record)
 
 
-def wait_until_ready(url: str) -> None:
-    """Until the server answers."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        try:
-            if httpx2.get(f"{url}/health").status_code == 200:
-                return
-        except httpx2.TransportError:
-            time.sleep(0.2)
-    sys.exit("the server did not start")
-
-
-def measure(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
+def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:
     """Every client for so many seconds."""
     pictures = [picture(seed) for seed in range(PICTURES)]
+    fresh = itertools.count(PICTURES)
     statuses: Counter[str] = Counter()
     taken: list[float] = []
     tokens: list[int] = []
@@ -97,10 +73,11 @@ def measure(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
 
     def client(number: int) -> None:
         rng = random.Random(number)
-        ask = ask_openai(url) if number % 2 else ask_http(url)
+        ask = ask_openai(server.url) if number % 2 else ask_http(server.url)
         while time.monotonic() < until:
+            shown = picture(next(fresh)) if rng.random() < 0.25 else rng.choice(pictures)
             start = time.monotonic()
-            status, new = ask(rng.choice(pictures), rng.choice(QUESTIONS), rng.random() < 0.5)
+            status, new = ask(shown, rng.choice(QUESTIONS), rng.random() < 0.5)
             statuses[status] += 1
             if status == "200":
                 taken.append(time.monotonic() - start)
@@ -114,7 +91,7 @@ def measure(url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
     memory = []
     for _ in range(SAMPLES):
         time.sleep(seconds / SAMPLES)
-        memory.append(resident(pid))
+        memory.append(server.resident_megabytes)
     for thread in threads:
         thread.join()
     cuts = statistics.quantiles(taken, n=100)
@@ -183,13 +160,6 @@ def picture(seed: int) -> str:
     buffer = io.BytesIO()
     render(random_scene(seed)).save(buffer, "JPEG")
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def resident(pid: int) -> int:
-    """Megabytes a process holds."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = next(line for line in lines if line.startswith("VmRSS"))
-    return round(int(found.split()[1]) / 1024)
 
 
 if __name__ == "__main__":

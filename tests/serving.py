@@ -11,6 +11,7 @@ import uvicorn
 
 from pumice.infer.model import Model
 from pumice.serve.limits import Limits
+from pumice.serve.run import Stopping
 from pumice.serve.server import Server
 
 
@@ -20,7 +21,7 @@ class Running:
     def __init__(self, model: Model, limits: Limits, api_key: str | None = None) -> None:
         self.server = Server(model, "pocket", limits=limits, api_key=api_key)
         config = uvicorn.Config(self.server.app, port=0, log_level="error", lifespan="on")
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = Stopping(config, self.server)
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
         while not self.uvicorn.started:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -108,15 +108,16 @@ class EndpointOptions:
 
 
 SAMPLING, LOADING, ENDPOINT = SamplingOptions(), LoadOptions(), EndpointOptions()
-_GROUPS = (SamplingOptions, LoadOptions, EndpointOptions)
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer reads it: each group of options spread out in its parameter's place."""
+    """The command as typer reads it: each group of options spread out in its parameter's place.
+
+    A group is a dataclass whose fields are options.
+    """
     signature = inspect.signature(command, eval_str=True)
-    groups = {
-        p.name: p.annotation for p in signature.parameters.values() if p.annotation in _GROUPS
-    }
+    kinds: dict[str, type[Any]] = {p.name: p.annotation for p in signature.parameters.values()}
+    groups = {name: kind for name, kind in kinds.items() if is_dataclass(kind)}
     spread: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         spread += _spread(groups[parameter.name]) if parameter.name in groups else [parameter]
@@ -132,9 +133,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _spread(
-    group: type[SamplingOptions | LoadOptions | EndpointOptions],
-) -> list[inspect.Parameter]:
+def _spread(group: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

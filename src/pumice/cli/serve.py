@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,40 @@ from pumice.cli.output import note
 from pumice.core.errors import PumiceError
 
 _KEY = "PUMICE_API_KEY"
+_MEBIBYTE = 2**20
+
+
+def _option(name: str, text: str, least: int | None = None) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(name, min=least, help=text)
+    return option
+
+
+@dataclass(frozen=True, slots=True)
+class LimitOptions:
+    """What one request may cost, and what the server holds at once."""
+
+    max_batch: Annotated[int, _option("--max-batch", "Requests in flight at once.", 1)] = 16
+    token_budget: Annotated[
+        int | None, _option("--token-budget", "Positions in flight at once.", 1)
+    ] = None
+    max_waiting: Annotated[
+        int, _option("--max-waiting", "Requests that may wait; others get 429.", 0)
+    ] = 256
+    max_waiting_tokens: Annotated[
+        int | None, _option("--max-waiting-tokens", "Positions that may wait; others get 429.", 1)
+    ] = None
+    max_new_tokens: Annotated[int, _option("--max-new-tokens", "Longest answer.", 1)] = 1024
+    seconds: Annotated[float, typer.Option("--timeout", help="Longest request, seconds.")] = 300.0
+    max_images: Annotated[int, _option("--max-images", "Images of a request.", 0)] = 16
+    max_image_mib: Annotated[int, _option("--max-image-mib", "MiB of an image's file.", 1)] = 20
+    max_pixels: Annotated[int, _option("--max-pixels", "Pixels of an image.", 1)] = 100_000_000
+    max_body_mib: Annotated[int, _option("--max-body-mib", "MiB of a whole request.", 1)] = 64
+    drain_seconds: Annotated[
+        float, typer.Option("--drain", min=0.0, help="Seconds for running requests at the end.")
+    ] = 20.0
+
+
+LIMITS = LimitOptions()
 
 
 def register(app: typer.Typer) -> None:
@@ -32,62 +66,49 @@ def register(app: typer.Typer) -> None:
 def serve(
     model: ModelArg,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 8000,
     api_key: Annotated[
         str | None, typer.Option("--api-key", metavar="KEY", help=f"Else {_KEY}; else none.")
     ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="What clients call the model; else MODEL's name.")
     ] = None,
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, help="Requests in flight at once.")
-    ] = 16,
-    token_budget: Annotated[
-        int | None, typer.Option("--token-budget", min=1, help="Positions in flight at once.")
-    ] = None,
-    max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=0, help="Requests that may wait; others get 429.")
-    ] = 256,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")
-    ] = 1024,
-    seconds: Annotated[float, typer.Option("--timeout", help="Longest request, seconds.")] = 300.0,
     image_hosts: Annotated[
         list[str] | None,
         typer.Option("--image-host", metavar="HOST", help="Fetch images from it; repeatable."),
     ] = None,
+    limiting: LimitOptions = LIMITS,
     loading: LoadOptions = LOADING,
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/models, /health, /metrics and a page on /.
 
-    Ends on Ctrl-C or SIGTERM, after the requests on their way. Images come as data URIs; web
-    addresses are refused unless their host is named.
+    Ends on Ctrl-C or SIGTERM, after the requests on their way; a second one ends at once. Images
+    come as data URIs; web addresses are refused unless their host is named.
     """
     check_installed()
-    import uvicorn
-
     from pumice.infer.model import load
     from pumice.serve.limits import Limits
+    from pumice.serve.run import listen, run
     from pumice.serve.server import Server
 
+    given = asdict(limiting)
+    max_batch = given.pop("max_batch")
     limits = Limits(
-        max_new_tokens=max_new_tokens,
-        seconds=seconds,
+        max_image_bytes=given.pop("max_image_mib") * _MEBIBYTE,
+        max_body_bytes=given.pop("max_body_mib") * _MEBIBYTE,
         image_hosts=frozenset(host.lower() for host in image_hosts or ()),
-        token_budget=token_budget,
-        max_waiting=max_waiting,
+        **given,
     )
-    loaded = load(model, max_batch=max_batch, **asdict(loading))
-    called = name or Path(model).name
-    server = Server(loaded, called, limits=limits, api_key=api_key or os.environ.get(_KEY))
-    note(f"{called}: http://{host}:{port} (page), http://{host}:{port}/v1 (OpenAI API)")
-    uvicorn.run(
-        server.app,
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=int(limits.drain_seconds),
-    )
+    with listen(host, port) as listener:
+        called = name or Path(model).resolve().name
+        loaded = load(model, max_batch=max_batch, **asdict(loading))
+        server = Server(loaded, called, limits=limits, api_key=api_key or os.environ.get(_KEY))
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        note(f"{called}: {url} (page), {url}/v1 (OpenAI API)")
+        run(server, listener)
 
 
 def check_installed() -> None:

@@ -14,7 +14,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.types import Result
 from pumice.infer.online import Handle
 from pumice.serve.errors import ApiError
-from pumice.serve.schema import Reply, logprobs
+from pumice.serve.replies import Reply, logprobs
 
 # How often a request without stream looks whether its client is still there.
 _LOOK = 0.25
@@ -51,6 +51,7 @@ async def streamed(
     seconds: float,
     with_usage: bool,
     first_piece: Callable[[], None],
+    ended: Callable[[], None],
 ) -> AsyncIterator[str]:
     """Server-sent events of all choices; an error is an event, after which nothing comes."""
     events: asyncio.Queue[tuple[int, str | Result]] = asyncio.Queue()
@@ -85,6 +86,7 @@ async def streamed(
         yield event(error.body())
     finally:
         # Also when the client is gone: the server then closes this generator.
+        ended()
         _cancel(handles)
         for task in tasks:
             task.cancel()

@@ -7,42 +7,64 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-# Seconds after which a client that found no room may try again.
+from pumice.serve.messages import TAG
+
+# Seconds after which a client that found no room may try again, where nothing better is known.
 RETRY_AFTER = 1
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
     504: "timeout_error",
 }
+
+
+class Fault(BaseModel):
+    """What is wrong, of which kind, and in which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Fault
 
 
 class ApiError(Exception):
     """An answer that is an error: HTTP status, what happened, and the field that is to blame."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int = RETRY_AFTER,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
         """The JSON object of OpenAI's API."""
-        kind = "server_error" if self.status == 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": _TYPES.get(self.status, kind),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        fault = Fault(message=self.message, type=kind, param=self.param, code=self.code)
+        return ErrorBody(error=fault).model_dump()
 
     def response(self) -> JSONResponse:
         """As an HTTP answer."""
-        headers = {"Retry-After": str(RETRY_AFTER)} if self.status == 429 else None
+        again = self.status in (429, 503)
+        headers = {"Retry-After": str(self.retry_after)} if again else None
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -65,7 +87,11 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not what the path takes; the first fault is told, with its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    steps = [str(step) for step in first["loc"] if step not in ("body", "query")]
+    place = ".".join(step for step in steps if not step.startswith(TAG))
+    if not place and not isinstance(first.get("input"), dict):
+        what = "the body must be a JSON object, sent with Content-Type: application/json"
+        return ApiError(400, f"{what} ({first['msg']})").response()
     given = f" (given: {first['input']!r:.80})" if place and "input" in first else ""
     said = str(first["msg"]).removeprefix("Value error, ")
     what = said if not place else f"{place}: {said}{given}"

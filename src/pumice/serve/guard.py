@@ -5,11 +5,13 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
+from pumice.serve.limits import Limits
 
 # A page that asks for the key, and a health check that has none.
 _OPEN = ("/", "/health")
@@ -22,9 +24,11 @@ class Guard:
     """Refuses without reading on: a wrong key with 401, a body that is too large with 413."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, counted: Counted
+        self, app: ASGIApp, *, api_key: str | None, limits: Limits, counted: Counted
     ) -> None:
-        self._app, self._key, self._most, self._counted = app, api_key, max_body_bytes, counted
+        self._app, self._key, self._limits, self._counted = app, api_key, limits, counted
+        self._held = 0
+        """Bytes of all bodies that are being read or answered."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -50,7 +54,11 @@ class Guard:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        body = _Body(receive)
+        try:
+            await self._app(scope, self._limited(body), send)
+        finally:
+            self._held -= body.read
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         guarded = self._key is not None and path not in _OPEN and not path.startswith(_OPEN_UNDER)
@@ -63,31 +71,42 @@ class Guard:
                     code="invalid_api_key",
                 )
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._most:
+        if length.isdigit() and int(length) > self._limits.max_body_bytes:
             return self._too_large()
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, body: _Body) -> Receive:
         """Counts what comes, for bodies that do not say how long they are."""
-        read = 0
 
         async def receiving() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
-                # The one kind of error that FastAPI passes on while it reads a body.
+            message = await body.receive()
+            size = len(message.get("body", b""))
+            body.read += size
+            self._held += size
+            # HTTPException is the one kind of error that FastAPI passes on while it reads a body.
+            if body.read > self._limits.max_body_bytes:
                 raise HTTPException(413, self._too_large().message)
+            if self._held > self._limits.max_held_bytes:
+                raise HTTPException(429, "too much is being sent at this moment; try again later.")
             return message
 
         return receiving
 
     def _too_large(self) -> ApiError:
+        most = self._limits.max_body_bytes
         return ApiError(
             413,
-            f"the request is larger than {self._most} bytes; send fewer or smaller images.",
+            f"the request is larger than {most} bytes; send fewer or smaller images.",
             code="request_too_large",
         )
+
+
+@dataclass(slots=True)
+class _Body:
+    """A body as it comes, and how much of it has come."""
+
+    receive: Receive
+    read: int = 0
 
 
 def _route(scope: Scope) -> str:

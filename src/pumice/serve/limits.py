@@ -17,6 +17,10 @@ class Limits:
     max_image_bytes: int = 20 * MEBIBYTE
     max_pixels: int = MAX_PIXELS
     max_body_bytes: int = 64 * MEBIBYTE
+    max_held_bytes: int = 1024 * MEBIBYTE
+    """Bodies of all requests that are being read or answered, together."""
+    large_pixels: int = 16_000_000
+    """Requests whose images have more than these are decoded one at a time, for memory's sake."""
     max_new_tokens: int = 1024
     """Also how long an answer gets whose request names no limit."""
     seconds: float = 300.0
@@ -28,5 +32,7 @@ class Limits:
     """Positions that the requests in flight may hold together."""
     max_waiting: int = 256
     """Requests that may wait for a place; beyond it they are told to come again."""
+    max_waiting_tokens: int | None = None
+    """Positions that requests which wait may come to need together."""
     drain_seconds: float = 20.0
     """How long requests on their way may go on when the server is asked to stop."""

@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pumice.core.errors import DataError
 from pumice.core.images import image_header
 from pumice.core.types import Message
 from pumice.infer.requests import chat_messages
 from pumice.serve.limits import Limits
+from pumice.serve.messages import ChatMessage, ImagePart, ImageUrl
 from pumice.serve.remote_images import fetch_image
 
 
-def read_messages(messages: list[dict[str, Any]], limits: Limits) -> tuple[Message, ...]:
+class Read(NamedTuple):
+    """Messages ready for the engine, and the pixels that decoding their images will make."""
+
+    messages: tuple[Message, ...]
+    pixels: int
+
+
+def read_messages(messages: list[ChatMessage], limits: Limits) -> Read:
     """OpenAI chat messages -> ours; DataError for what is wrong in them or over a limit.
 
     May fetch images (from allowed hosts), so it is not for the event loop.
     """
-    places = list(_image_places(messages))
-    if len(places) > limits.max_images:
+    images = [
+        part.image_url
+        for message in messages
+        for part in message.content
+        if isinstance(part, ImagePart)
+    ]
+    if len(images) > limits.max_images:
         raise DataError(
-            f"the request has {len(places)} images; at most {limits.max_images} are allowed. Send "
+            f"the request has {len(images)} images; at most {limits.max_images} are allowed. Send "
             f"fewer."
         )
-    for place in places:
-        _fetch(place, limits)
-    read = chat_messages(messages, images_dir=None)
+    for image in images:
+        _fetch(image, limits)
+    read = chat_messages([_row(message) for message in messages], images_dir=None)
     _check_texts(read)
+    pixels = 0
     for message in read:
         for number, part in enumerate(message.images, start=1):
             assert isinstance(part.image, bytes)  # data URIs are all that is left
-            _check_image(part.image, f"image {number} of a {message.role} message", limits)
-    return read
+            pixels += _pixels(part.image, f"image {number} of a {message.role} message", limits)
+    return Read(read, pixels)
 
 
-def _image_places(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every content part that is an image, however broken."""
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") == "image_url":
-                yield part
+def _row(message: ChatMessage) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    return {**message.model_dump(), "role": role}
 
 
-def _fetch(part: dict[str, Any], limits: Limits) -> None:
+def _fetch(image: ImageUrl, limits: Limits) -> None:
     """Puts the bytes of a web address into its place, as a data URI."""
-    given = part.get("image_url")
-    url = given.get("url") if isinstance(given, dict) else given
-    if not isinstance(url, str) or not url.startswith(("http:", "https:")):
+    url = image.url
+    if not url.startswith(("http:", "https:")):
         return
     if not limits.image_hosts:
         raise DataError(
@@ -59,7 +67,7 @@ def _fetch(part: dict[str, Any], limits: Limits) -> None:
     data = fetch_image(
         url, limits.image_hosts, max_bytes=limits.max_image_bytes, seconds=limits.fetch_seconds
     )
-    part["image_url"] = {"url": "data:;base64," + base64.b64encode(data).decode()}
+    image.url = "data:;base64," + base64.b64encode(data).decode()
 
 
 def _check_texts(messages: tuple[Message, ...]) -> None:
@@ -73,7 +81,7 @@ def _check_texts(messages: tuple[Message, ...]) -> None:
             ) from error
 
 
-def _check_image(data: bytes, where: str, limits: Limits) -> None:
+def _pixels(data: bytes, where: str, limits: Limits) -> int:
     if len(data) > limits.max_image_bytes:
         raise DataError(
             f"{where} has {len(data)} bytes; at most {limits.max_image_bytes} are allowed. Send a "
@@ -85,3 +93,4 @@ def _check_image(data: bytes, where: str, limits: Limits) -> None:
             f"{where} has {width} x {height} pixels; at most {limits.max_pixels} are allowed. "
             f"Shrink it."
         )
+    return width * height

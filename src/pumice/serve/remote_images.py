@@ -18,6 +18,18 @@ from pumice.core.errors import DataError
 
 MAX_REDIRECTS = 3
 _CHUNK = 2**16
+# IPv6 addresses that lead on to an IPv4 one, which may lie inside; and site-local ones.
+_GATEWAYS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "::/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2001::/32",
+        "2002::/16",
+        "fec0::/10",
+    )
+)
 _MOVED = (301, 302, 303, 307, 308)
 
 
@@ -59,13 +71,21 @@ def _public_address(host: str, port: int) -> str:
     except OSError as error:
         raise DataError(f"the image's host {host!r} is not found: {error}.") from error
     addresses = [str(entry[4][0]) for entry in found]
-    inward = [a for a in addresses if not ipaddress.ip_address(a.split("%")[0]).is_global]
+    inward = [address for address in addresses if not _is_public(address)]
     if inward or not addresses:
         raise DataError(
             f"the image's host {host!r} is {inward[0] if inward else 'nowhere'}, an address that "
             f"is not public; nothing is fetched from there. Send the image as a data URI."
         )
     return addresses[0]
+
+
+def _is_public(address: str) -> bool:
+    """Whether an address, and the IPv4 one that an IPv6 one may stand for, is on the open net."""
+    found = ipaddress.ip_address(address.split("%")[0])
+    if any(found in network for network in _GATEWAYS if network.version == found.version):
+        return False
+    return found.is_global and not found.is_multicast
 
 
 def _get(url: str, parts: SplitResult, max_bytes: int, deadline: float) -> bytes | str:

@@ -7,19 +7,23 @@ and pass the answer on. Whatever a client sends, the process goes on.
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -30,12 +34,20 @@ from pumice.infer.model import Model
 from pumice.infer.online import BusyError, Handle, Online
 from pumice.processing.response_formats import FORMATS
 from pumice.serve.answers import ClientGone, streamed, whole_answers
-from pumice.serve.errors import ApiError, answer_api_error, answer_http_error, answer_invalid
+from pumice.serve.errors import (
+    RETRY_AFTER,
+    ApiError,
+    ErrorBody,
+    answer_api_error,
+    answer_http_error,
+    answer_invalid,
+)
 from pumice.serve.guard import Guard
 from pumice.serve.limits import Limits
 from pumice.serve.metrics import Metrics
 from pumice.serve.pictures import read_messages
-from pumice.serve.schema import ChatRequest, Reply
+from pumice.serve.replies import Reply
+from pumice.serve.schema import ChatRequest
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +61,18 @@ _CLIENT_GONE = 499
 # The response formats that the page offers beside none.
 PAGE_FORMATS = ("short", "letter", "detailed")
 Side = Annotated[int, Query(ge=1, le=1_000_000)]
+# Threads that check requests and decode their images; each may hold one large picture's pixels.
+_READERS = 8
+_LONGEST_RETRY = 60
+# From so many of the last answers is guessed when there will be room again.
+_RECENT = 32
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be answered as it is"},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer now"},
+}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
 
 
 class Server:
@@ -64,21 +88,30 @@ class Server:
             model.engine,
             token_budget=self.limits.token_budget,
             max_waiting=self.limits.max_waiting,
+            max_waiting_tokens=self.limits.max_waiting_tokens,
         )
+        self.stopping = False
+        self._readers = CapacityLimiter(_READERS)
+        self._large = threading.Lock()
+        self._ends: deque[float] = deque(maxlen=_RECENT)
         self.metrics = Metrics(self.online.counters)
         self.app = self._app(api_key)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
+        if self.stopping:
+            raise ApiError(503, "the server is stopping and takes no more requests.")
         self._check_model(body.model)
         start = time.monotonic()
-        handles = await run_sync(self._submit, body)
+        handles = await run_sync(self._submit, body, limiter=self._readers)
         reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.name)
         if not body.stream:
             try:
                 results = await whole_answers(handles, request, self.limits.seconds)
             except ClientGone:
                 return Response(status_code=_CLIENT_GONE)
+            finally:
+                self._ends.append(time.monotonic())
             return JSONResponse(reply.whole(results))
         told = False
 
@@ -94,6 +127,7 @@ class Server:
             seconds=self.limits.seconds,
             with_usage=bool(body.stream_options and body.stream_options.include_usage),
             first_piece=first_piece,
+            ended=lambda: self._ends.append(time.monotonic()),
         )
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -104,8 +138,21 @@ class Server:
         entry = {"id": self.name, "object": "model", "created": self.started, "owned_by": "pumice"}
         return {"object": "list", "data": [entry]}
 
+    def one_model(self, name: str) -> dict[str, Any]:
+        """GET /v1/models/NAME."""
+        self._check_model(name)
+        [entry] = self.models()["data"]
+        return dict(entry)
+
+    async def stop(self) -> None:
+        """Takes no new requests and lets those on their way go on, as long as `drain_seconds`."""
+        self.stopping = True
+        await run_sync(self.online.close, self.limits.drain_seconds)
+
     def health(self) -> dict[str, Any]:
-        """GET /health."""
+        """GET /health; 503 once the server has been asked to stop."""
+        if self.stopping:
+            raise ApiError(503, "the server is stopping and takes no more requests.")
         now = self.online.counters()
         return {
             "status": "ok",
@@ -141,7 +188,7 @@ class Server:
         """Checks and queues every choice, or none of them."""
         handles: list[Handle] = []
         try:
-            messages = read_messages(body.messages, self.limits)
+            messages, pixels = read_messages(body.messages, self.limits)
             sampling = body.sampling(self.limits.max_new_tokens)
             if sampling.max_new_tokens > self.limits.max_new_tokens:
                 raise ApiError(
@@ -150,15 +197,26 @@ class Server:
                     f"{self.limits.max_new_tokens} are answered here.",
                     param="max_tokens",
                 )
-            for question in _choices(messages, sampling, body.n):
-                handles.append(self.online.submit(question))
+            with self._large if pixels > self.limits.large_pixels else nullcontext():
+                for question in _choices(messages, sampling, body.n):
+                    handles.append(self.online.submit(question))
         except BusyError as error:
             self._cancel(handles)
-            raise ApiError(429, str(error), code="rate_limit_exceeded") from error
+            raise self._no_room(error) from error
         except PumiceError as error:
             self._cancel(handles)
             raise ApiError(400, str(error), param="messages") from error
         return handles
+
+    def _no_room(self, error: BusyError) -> ApiError:
+        if self.stopping:
+            return ApiError(503, str(error))
+        wait = RETRY_AFTER
+        if len(self._ends) > 1:
+            seconds_each = (time.monotonic() - self._ends[0]) / len(self._ends)
+            wait = math.ceil(seconds_each * self.online.counters().waiting)
+        wait = min(max(wait, RETRY_AFTER), _LONGEST_RETRY)
+        return ApiError(429, str(error), code="rate_limit_exceeded", retry_after=wait)
 
     def _cancel(self, handles: list[Handle]) -> None:
         for handle in handles:
@@ -177,16 +235,26 @@ class Server:
         @asynccontextmanager
         async def life(app: FastAPI) -> AsyncIterator[None]:
             yield
-            await run_sync(self.online.close, self.limits.drain_seconds)
+            await self.stop()
 
-        app = FastAPI(title="pumice", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
-        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
-        app.add_api_route("/v1/models", self.models, methods=["GET"])
-        app.add_api_route("/health", self.health, methods=["GET"])
-        app.add_api_route("/metrics", self._metrics, methods=["GET"])
-        app.add_api_route("/page/settings", self.page_settings, methods=["GET"])
-        app.add_api_route("/page/image-plan", self.image_plan, methods=["GET"])
-        app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
+        app = FastAPI(
+            title="pumice",
+            version=VERSION,
+            lifespan=life,
+            docs_url=None,
+            redoc_url=None,
+            responses=_ERRORS,
+        )
+        add = app.add_api_route
+        add("/v1/chat/completions", self.chat, methods=["POST"], response_model=None,
+            responses=_STREAM)  # fmt: skip
+        add("/v1/models", self.models, methods=["GET"])
+        add("/v1/models/{name:path}", self.one_model, methods=["GET"])
+        add("/health", self.health, methods=["GET"])
+        add("/metrics", self._metrics, methods=["GET"], response_class=PlainTextResponse)
+        add("/page/settings", self.page_settings, methods=["GET"])
+        add("/page/image-plan", self.image_plan, methods=["GET"])
+        add("/", _page, methods=["GET"], include_in_schema=False)
         app.mount("/page", StaticFiles(directory=WEB), name="page")
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(HTTPException, answer_http_error)
@@ -195,7 +263,7 @@ class Server:
         app.add_middleware(
             Guard,
             api_key=api_key,
-            max_body_bytes=self.limits.max_body_bytes,
+            limits=self.limits,
             counted=self._count,
         )
         return app

@@ -1,0 +1,63 @@
+"""Running the server on a port, and ending it without cutting anybody off."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from types import FrameType
+
+import uvicorn
+
+from pumice.core.errors import PumiceError
+from pumice.serve.server import Server
+
+# What is written already when the engine has ended may take this long to reach the clients.
+_LAST_BYTES = 5
+
+
+class Stopping(uvicorn.Server):
+    """uvicorn, but the first signal leaves the port open, so that new requests are told 503.
+
+    A second signal ends at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+        self._asked = False
+        self._ending: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM or Ctrl-C."""
+        if self._asked:
+            super().handle_exit(sig, frame)
+        self._asked = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end."""
+        if self._asked and self._ending is None:
+            self._ending = asyncio.create_task(self._server.stop())
+        if self._ending is not None and self._ending.done():
+            self._ending.result()
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A port to answer on, taken before a model is loaded for it; 0 takes any that is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise PumiceError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose another with --port "
+            f"(0 takes any that is free) or --host."
+        ) from error
+
+
+def run(server: Server, listener: socket.socket) -> None:
+    """Answers until a signal comes, and then until the requests on their way are answered."""
+    config = uvicorn.Config(
+        server.app, log_level="warning", timeout_graceful_shutdown=_LAST_BYTES, lifespan="on"
+    )
+    Stopping(config, server).run([listener])
