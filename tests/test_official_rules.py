@@ -22,13 +22,14 @@ ROUNDS = 4000
 JOINTS = ("", "", " ", " ", " ", "  ", "\n", "\t", "\u00a0", ",", ", ", ".", ". ", "/", "-", " -",
           "'", "'s", "\u2019s", "?", "!", ":", ";", "(", ")", "[", "]", "*", "**", "_", "`", "@",
           "...", "." * 40)  # fmt: skip
-SHORT = ["yes", "Yes", "YES", "no", "No", "NO", "not", "Not", "none", "None", "nope", "know", "snow",
-         "eyes", "isn't", "yesterday", "there", "a", "A", "an", "the", "The", "zero", "two", "Ten",
+SHORT = ["yes", "Yes", "YES", "no", "No", "NO", "not", "Not", "none", "None", "nope", "know",
+         "snow", "eyes", "isn't", "yesterday", "there", "a", "A", "an", "the", "The", "zero", "two", "Ten",
          "1,000", "3", "0", "2.0", ".5", "3.", "1.5.2", "10:30", "u.s.a.", "n/a", "men", "mcdonald",
          "red", "cat", "hot", "dog", "unanswerable", "Unanswerable", "\u00e9t\u00e9", "\u732b",
          "\u0661,\u0662", "\uff11", "\u0130", "\u00df", "50%", "$5", "#1", "&"]  # fmt: skip
 LETTERS = ["A", "B", "C", "D", "E", "F", "Z", "a", "b", "\uff21", "A.", "B)", "(C)", "(D).", "C,",
-           ":A", "B:", "A. ", "The answer is", "The answer is ", "the answer is", "answer is",
+           ":A", "B:", "A. ", "The answer is", "The answer is ", "The answer is B",
+           "The answer is C.", "the answer is", "answer is",
            "Answer", "option", "because it is", "cat", "a dog", "Red car", "None of these",
            "\uff08B\uff09", "\u7b54\u6848\u662fB\u3002", "**B**", "# C", "{D}", "[A]"]  # fmt: skip
 OPTIONS = {"A": "cat", "B": "a dog", "C": "Red car", "D": "None of these"}
