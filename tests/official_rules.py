@@ -155,6 +155,7 @@ def scienceqa(text: str, choices: int) -> str | None:
             rest = rest.split("The answer is ", 1)[1]
             if len(rest) >= 2 and "A" <= rest[0] <= "Z" and rest[1] != "\n":
                 hits.append(rest[0])
+                rest = rest[2:]  # that character is used up, even where another hit would begin
         if len(hits) != 1:
             return None
         found = hits[0]

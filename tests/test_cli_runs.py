@@ -82,9 +82,12 @@ def test_run_a_recipe(root: Path, world: Path, tmp_path: Path, run: Run) -> None
     assert scores == summary["benchmarks"]["scienceqa"]
     assert "ScienceQA" in (out / "report.html").read_text(encoding="utf-8")
     trained = (out / "tune" / "model.safetensors").stat().st_mtime_ns
-    # The resolved recipe is the same run; nothing is trained again.
-    code, stdout, _ = run("run", out / "recipe.yaml", "--out", out)
+    # The resolved recipe is the same run, however it is evaluated; nothing is trained again.
+    more = ("eval.benchmarks=[scienceqa, vqav2]", "eval.options.vqav2.scorer=before-2021")
+    code, stdout, _ = run("run", out / "recipe.yaml", *more, "--out", out)
     assert code == 0 and f"report: {out / 'report.html'}" in stdout
+    protocol = json.loads((out / "eval" / "vqav2" / "scores.json").read_text())["protocol"]
+    assert protocol["options"]["scorer"] == "before-2021"
     assert (out / "tune" / "model.safetensors").stat().st_mtime_ns == trained
     code, _, err = run(*recipe_args(root, world, out, "stages.tune.steps=3"))
     assert code == 2 and "stages.tune.steps: 2 there, 3 now" in err and "--resume never" in err
@@ -122,6 +125,8 @@ def test_run_refuses_before_it_makes_anything(
         ("model.template=vicuna", "Did you mean 'vicuna_v1'?"),
         ("model.vision=pocket-visoin", "Did you mean 'pocket-vision'?"),
         ("eval.benchmarks=[popee]", "Did you mean 'pope'?"),
+        ("eval.options.scienceqa.labels=2910", "scienceqa has no option 'labels'"),
+        ("eval.options.pope.labels=2910", "pope, which is not asked for"),
     ):
         code, _, err = run(*recipe_args(root, world, out, more))
         assert code == 2 and said in err

@@ -23,10 +23,11 @@ JOINTS = ("", "", " ", " ", " ", "  ", "\n", "\t", "\u00a0", ",", ", ", ".", ". 
           "'", "'s", "\u2019s", "?", "!", ":", ";", "(", ")", "[", "]", "*", "**", "_", "`", "@",
           "...", "." * 40)  # fmt: skip
 SHORT = ["yes", "Yes", "YES", "no", "No", "NO", "not", "Not", "none", "None", "nope", "know",
-         "snow", "eyes", "isn't", "yesterday", "there", "a", "A", "an", "the", "The", "zero", "two", "Ten",
-         "1,000", "3", "0", "2.0", ".5", "3.", "1.5.2", "10:30", "u.s.a.", "n/a", "men", "mcdonald",
-         "red", "cat", "hot", "dog", "unanswerable", "Unanswerable", "\u00e9t\u00e9", "\u732b",
-         "\u0661,\u0662", "\uff11", "\u0130", "\u00df", "50%", "$5", "#1", "&"]  # fmt: skip
+         "snow", "eyes", "isn't", "yesterday", "there", "a", "A", "an", "the", "The", "zero", "two",
+         "Ten", "1,000", "3", "0", "2.0", ".5", "3.", "1.5.2", "10:30", "u.s.a.", "n/a", "men",
+         "mcdonald", "red", "cat", "hot", "dog", "unanswerable", "Unanswerable", "\u732b",
+         "\u00e9t\u00e9", "\u0661,\u0662", "\uff11", "\u0130", "\u00df", "50%", "$5", "#1",
+         "&"]  # fmt: skip
 LETTERS = ["A", "B", "C", "D", "E", "F", "Z", "a", "b", "\uff21", "A.", "B)", "(C)", "(D).", "C,",
            ":A", "B:", "A. ", "The answer is", "The answer is ", "The answer is B",
            "The answer is C.", "the answer is", "answer is",

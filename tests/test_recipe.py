@@ -56,6 +56,19 @@ def test_overrides_are_yaml_values_at_dotted_places() -> None:
     assert [name for name, _ in recipe.stage_list()] == ["tune"]
 
 
+def test_versions_of_a_benchmark_are_texts_and_come_back(tmp_path: Path) -> None:
+    places = ("eval.options.pope.labels=2910", "eval.options.vqav2={scorer: before-2021}")
+    recipe = load_recipe("pocket", list(places))
+    assert recipe.eval is not None
+    assert recipe.eval.options == {"pope": {"labels": "2910"}, "vqav2": {"scorer": "before-2021"}}
+    assert recipe.eval.option_list() == ["pope.labels=2910", "vqav2.scorer=before-2021"]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(resolved_yaml(recipe), encoding="utf-8")
+    assert load_recipe(str(file)) == recipe
+    assert "eval.options.pope.labels" in refusal("pocket", "eval.options.pope.labels=true")
+    assert "eval.options.pope" in refusal("pocket", "eval.options.pope=2910")
+
+
 def test_a_later_override_wins_and_a_null_section_can_be_filled() -> None:
     recipe = load_recipe("pocket", ["seed=1", "seed=2", "world=null", "world.images=7"])
     assert recipe.seed == 2

@@ -131,7 +131,7 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
     if recipe.eval is not None:
         from pumice.eval.choose import choose_benchmarks
 
-        choose_benchmarks(recipe.eval.benchmarks)
+        choose_benchmarks(recipe.eval.benchmarks, recipe.eval.option_list())
 
 
 def check_same_recipe(recipe: Recipe, out: Path) -> bool:
@@ -241,7 +241,7 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
                 control=control,
                 seed=recipe.seed,
             )
-            for benchmark in choose_benchmarks(chosen.benchmarks)
+            for benchmark in choose_benchmarks(chosen.benchmarks, chosen.option_list())
         ]
 
     scores, shuffled = scored(None), scored("shuffled")

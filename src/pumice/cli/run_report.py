@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pumice
 from pumice.core.files import read_json, read_jsonl
-from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.browser import browse
+from pumice.eval.choose import benchmark_of
 from pumice.eval.examples import pick_examples
 from pumice.eval.published import published_section
 from pumice.eval.report import Example, ReportData, Tiling, score_row, write_report
@@ -40,15 +40,10 @@ def report_run(
 ) -> Path:
     """Write `out`/report.html; `data` holds the benchmarks' files, `seconds` is scoring's time."""
     path = out / "report.html"
+    benchmarks = [benchmark_of(own) for own in scores]
     rows = [
-        score_row(
-            own,
-            BENCHMARKS[own.benchmark].title,
-            BENCHMARKS[own.benchmark].headline,
-            blind=other,
-            most=BENCHMARKS[own.benchmark].most,
-        )
-        for own, other in zip(scores, shuffled, strict=True)
+        score_row(own, bench.title, bench.headline, blind=other, most=bench.most)
+        for bench, own, other in zip(benchmarks, scores, shuffled, strict=True)
     ]
     examples = _examples(scores, data, out / "eval", recipe.seed)
     page = ReportData(
@@ -57,7 +52,10 @@ def report_run(
         scores=rows,
         published=published_section(scores),
         browser=browse(
-            [(BENCHMARKS[own.benchmark], out / "eval" / own.benchmark, own) for own in scores]
+            [
+                (bench, out / "eval" / bench.name, own)
+                for bench, own in zip(benchmarks, scores, strict=True)
+            ]
         ),
         curves=_curves(out / "metrics.jsonl"),
         examples=examples,
@@ -87,7 +85,7 @@ def _examples(scores: Sequence[Scores], data: Path, evaluated: Path, seed: int) 
         left = len(scores) - place
         # Another draw for each benchmark, or they would all show the same pictures.
         examples += pick_examples(
-            BENCHMARKS[own.benchmark],
+            benchmark_of(own),
             data,
             evaluated / own.benchmark,
             -(-(_EXAMPLES - len(examples)) // left),

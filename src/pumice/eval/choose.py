@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pumice.core.errors import PumiceError
 from pumice.eval.benchmark import Benchmark
 from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.scores import Scores
 from pumice.eval.submit import SERVERS
 
 ALL = "all"
@@ -43,6 +44,11 @@ def choose_benchmark(name: str, options: Sequence[str] = (), *, server: bool = F
     chosen = _settings(options, [known])[known]
     split = SERVERS[known].options if server else {}
     return BENCHMARKS[known].with_options({**split, **chosen})
+
+
+def benchmark_of(scores: Scores) -> Benchmark:
+    """The benchmark that gave these scores, with the options they were made with."""
+    return BENCHMARKS[scores.benchmark].with_options(scores.protocol.get("options", {}))
 
 
 def _known_name(name: str) -> str:

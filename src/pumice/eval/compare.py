@@ -17,7 +17,7 @@ import numpy as np
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import read_json
 from pumice.eval.benchmark import Benchmark, Item, Row
-from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.choose import benchmark_of
 from pumice.eval.metrics import evaluate, paired_draws
 from pumice.eval.prediction_files import PREDICTIONS, PredictionFiles
 from pumice.eval.runner import SCORES, Asking
@@ -94,7 +94,7 @@ def _compare(
     """Compares two directories that hold predictions.jsonl and scores.json of one benchmark."""
     scores = [Scores.from_dict(read_json(folder / SCORES)) for folder in (a, b)]
     _check_protocols(scores[0].protocol, scores[1].protocol, a, b)
-    benchmark = BENCHMARKS[scores[0].benchmark].with_options(scores[0].protocol.get("options", {}))
+    benchmark = benchmark_of(scores[0])
     items = items_of_run(benchmark, a, scores[0], data_dir)
     rows_a, rows_b = (
         _answered(rows_of_run(folder, benchmark, items, own))

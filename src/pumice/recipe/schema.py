@@ -192,9 +192,34 @@ class Evaluation(Section):
     """The benchmarks a run ends with."""
 
     benchmarks: list[str] = Field(min_length=1)
+    options: dict[str, dict[str, str]] = {}
+    """By benchmark, the official versions that differ from the default (docs/benchmarks.md)."""
     data: str | None = None
     limit: PositiveInt | None = None
     batch_size: PositiveInt = 32
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _versions_are_texts(cls, options: Any) -> Any:
+        """`scorer: 2021` is a number in YAML, and the name of a version here."""
+        if not isinstance(options, dict):
+            return options
+        return {
+            bench: {
+                name: str(value) if type(value) is int else value for name, value in chosen.items()
+            }
+            if isinstance(chosen, dict)
+            else chosen
+            for bench, chosen in options.items()
+        }
+
+    def option_list(self) -> list[str]:
+        """The options as a command line gives them: BENCH.NAME=VALUE."""
+        return [
+            f"{bench}.{name}={value}"
+            for bench, chosen in self.options.items()
+            for name, value in chosen.items()
+        ]
 
 
 class Published(Section):
