@@ -363,6 +363,32 @@ def test_dialogues_are_cleaned_and_every_fault_is_counted(tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        ({}, ["en", "ko", "mixed"]),
+        ({"keep_scripts": "latin"}, ["en", "mixed"]),
+        ({"keep_scripts": "latin", "script_share": "0.9"}, ["en"]),
+        ({"keep_scripts": "hangul,latin", "script_share": "0.9"}, ["en", "ko", "mixed"]),
+        ({"skip_scripts": "hangul"}, ["en", "mixed"]),
+        ({"skip_scripts": "hangul", "script_share": "0.1"}, ["en"]),
+    ],
+)
+def test_dialogues_are_kept_and_skipped_by_script(
+    tmp_path: Path, rules: dict[str, str], left: list[str]
+) -> None:
+    content = [
+        dialogue("Who are you?", "A cat.", name="en"),
+        dialogue("누구세요?", "저는 고양이입니다.", name="ko"),
+        dialogue("Print hello, please", "print('안녕하세요')", name="mixed"),
+    ]
+    rows, report = made(tmp_path, "sharegpt", content, max_tokens="null", **rules)
+    assert [row["id"] for row in rows] == left
+    assert sum(report["dropped"].values()) == 3 - len(left)
+    with pytest.raises(PumiceError, match="script 'korean' is unknown"):
+        made(tmp_path, "sharegpt", content, max_tokens="null", skip_scripts="korean")
+
+
 def test_long_dialogues_are_cut_and_not_split(tmp_path: Path) -> None:
     words = " ".join(["the shape is red."] * 12)
     content = [

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from pumice.data.engine_filters import fault_of, is_english, leaks
 from pumice.data.engine_prompts import KINDS, asked_text, custom_kind, read_pairs
 from pumice.data.engine_scenes import read_described
 from pumice.data.row_layouts import read_sample
-from pumice.world.teacher import FAULTS, LASTING, Teacher, teaching
+from pumice.world.teacher import LASTING, Teacher, teaching
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = ("cat", "dog", "horse", "boat", "chair", "kite", "bus", "clock")
@@ -149,9 +147,10 @@ def test_leaks_and_languages_at_their_edges() -> None:
 @pytest.mark.parametrize("kind", ["conversation", "detail", "reasoning"])
 def test_rows_are_read_as_training_data(kind: str, run: Run, tmp_path: Path) -> None:
     scenes, out = write_rows(tmp_path / "s.jsonl", 20), tmp_path / "o.jsonl"
-    prices = ("--price-in", 1, "--price-out", 2)
+    # The scripted teacher repeats itself where it reasons.
+    more = ("--price-in", 1, "--price-out", 2, "--near", 1, "--json")
     with teaching(Teacher()) as url:
-        code, said, err = run(*command(kind, scenes, url, out, *prices, "--json"))
+        code, said, err = run(*command(kind, scenes, url, out, *more))
         assert (code, json.loads(said)["kept"]) == (0, 20), said
         assert "20 images, 0 with a reply kept; the rest costs about" in err
     for number, row in read_jsonl(out):
@@ -195,44 +194,6 @@ def test_a_cap_stops_and_a_later_run_goes_on(run: Run, tmp_path: Path) -> None:
         assert found["kept"] > 0 and found["cost"] <= 0.004 and "first failure" in err
         assert json.loads(run(*line)[1])["kept"] == 20
         assert teacher.stats()["paid"] == 20
-
-
-def test_kill_at_any_moment_and_nothing_is_lost_or_paid_twice(run: Run, tmp_path: Path) -> None:
-    scenes = write_rows(tmp_path / "s.jsonl", 300)
-    rng, killed = random.Random(0), 0
-    faults = dict.fromkeys(set(FAULTS) - {"timeout"}, 0.03)
-    teacher = Teacher(faults=faults, latency=0.1, retry_after=0.02)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with teaching(teacher) as url:
-        line = command("conversation", scenes, url, tmp_path / "killed.jsonl")
-        replies = tmp_path / "killed.jsonl.replies.jsonl"
-        for _ in range(20):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pumice", "-q", *line, "--concurrency", "2"],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            before = replies.stat().st_size if replies.exists() else 0
-            deadline = time.monotonic() + 20
-            while process.poll() is None and time.monotonic() < deadline:
-                if replies.exists() and replies.stat().st_size > before:
-                    break
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.2))
-            process.kill()
-            killed += process.wait() == -9
-        assert killed == 20 and not (tmp_path / "killed.jsonl").exists()
-        assert 20 <= teacher.stats()["paid"] < 300
-        assert run(*line)[0] == 0
-        assert teacher.stats()["paid"] == teacher.stats()["requests"] == 300
-        whole = command("conversation", scenes, url, tmp_path / "whole.jsonl")
-        assert run(*whole)[0] == 0
-        # The undisturbed run has its own cache; the teacher knows the calls by their keys.
-        assert teacher.stats()["paid"] == 300
-    for end in ("", ".rejected.jsonl"):
-        ours, theirs = (tmp_path / f"{name}.jsonl{end}" for name in ("killed", "whole"))
-        assert ours.read_bytes() == theirs.read_bytes() != b""
 
 
 def test_the_engine_starts_without_torch() -> None:

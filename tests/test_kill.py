@@ -1,4 +1,7 @@
-"""A training on shards that is killed comes out as if it had not been (kill_training.py)."""
+"""A training and a generation that are killed come out as if they had not been.
+
+The benchmarks kill_training.py and kill_generate.py do the same with twenty kills.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_training.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def found(script: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / script), *options, "--no-record"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_twice_nothing_is_lost_and_nothing_twice() -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", "2", "--steps", "18", "--no-record"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["weights"] == "equal to the bit" and found["samples_of_every_step"] == "equal"
+def test_a_killed_training_loses_nothing_and_sees_nothing_twice() -> None:
+    record = found("kill_training.py", "--kills", "2", "--steps", "18")
+    assert record["weights"] == "equal to the bit" and record["samples_of_every_step"] == "equal"
+
+
+def test_a_killed_generation_loses_nothing_and_pays_nothing_twice() -> None:
+    record = found("kill_generate.py", "--kills", "3", "--images", "40")
+    assert record["kills"] == 3 and record["paid"] == 40
+    assert 0 < record["paid_after_each"][0] <= record["paid_after_each"][-1] == 40

@@ -47,7 +47,15 @@ def generate(
     timeout: Annotated[float, typer.Option(help="Seconds before a call is given up.")] = 120.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the endpoint's model.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 1024,
-    language: Annotated[str, typer.Option(help="en, or any for no check.")] = "en",
+    examples: Annotated[
+        Path | None, typer.Option("--examples", metavar="FILE", help="JSONL: replies to learn by.")
+    ] = None,
+    language: Annotated[
+        str, typer.Option(metavar="NAME", help="en, any (no check), or script:NAME as script:han.")
+    ] = "en",
+    near: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="From so alike on a row is a copy; 1: equal.")
+    ] = 0.8,
     as_json: JsonOption = False,
 ) -> None:
     """Make training conversations from captions and boxes.
@@ -57,17 +65,21 @@ def generate(
     FILE.rejected.jsonl with their reason. Exits with 1 when an image got no reply.
     """
     from pumice.core.llm_client import Endpoint, LLMClient
-    from pumice.core.registry import check_choice
     from pumice.data import engine
+    from pumice.data.engine_examples import read_examples
+    from pumice.data.engine_filters import check_language
     from pumice.data.engine_scenes import read_described
 
-    check_choice("--language", language, ("en", "any"))
+    check_language(language)
+    wanted = _kind(kind, prompt)
     order = engine.Order(
-        kind=_kind(kind, prompt),
+        kind=wanted,
         model=model,
         max_tokens=max_tokens,
         temperature=temperature,
         language=language,
+        near=near,
+        examples=() if examples is None else read_examples(examples, wanted, language),
     )
     scenes = read_described(captions, boxes)[:limit]
     target = Endpoint(

@@ -18,29 +18,39 @@ from pumice.core.files import sha256_bytes
 from pumice.core.llm_client import LLMClient
 from pumice.core.llm_types import ChatRequest, Reply
 from pumice.core.progress import progress
-from pumice.data.engine_filters import fault_of, plain
-from pumice.data.engine_prompts import VERSION, Kind, Pair, asked_text, read_pairs
+from pumice.data.engine_examples import Example
+from pumice.data.engine_filters import NEAR
+from pumice.data.engine_judge import Judge
+from pumice.data.engine_prompts import VERSION, Kind, Pair, asked_text
 from pumice.data.engine_scenes import Described
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What is generated: the kind, by which model, and how its replies are judged."""
+    """What is generated: the kind, by which model, and how its replies are judged.
+
+    `examples` stand before each request as replies that were given. `near` is the share of
+    three-word runs from which on two texts are taken for one; 1 finds copies alone.
+    """
 
     kind: Kind
     model: str
     max_tokens: int = 1024
     temperature: float = 0.7
     language: str = "en"
+    near: float = NEAR
+    examples: tuple[Example, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     def request(self, scene: Described) -> ChatRequest:
         """The call that is made for an image."""
         asked = asked_text(scene, boxes=self.kind.shows_boxes)
+        shown = [message for one in self.examples for message in one.messages(self.kind)]
         return ChatRequest(
             model=self.model,
             messages=(
                 {"role": "system", "content": self.kind.system()},
+                *shown,
                 {"role": "user", "content": asked},
             ),
             max_tokens=self.max_tokens,
@@ -100,7 +110,8 @@ def generate(
 
     Both files appear whole, at the end. An image without a reply is in neither and is counted.
     """
-    outcome, seen = Outcome(), set[str]()
+    outcome = Outcome()
+    judge = Judge(order.kind, order.language, order.near, order.examples)
     parts = [path.with_name(f".{path.name}.part") for path in (out, rejected)]
     for part in parts:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +123,7 @@ def generate(
     ):
         for scene, reply in zip(scenes, replies, strict=True):
             outcome.cost += reply.cost or 0.0
-            _place(order, scene, reply, seen, outcome, good, bad)
+            _place(order, judge, scene, reply, outcome, good, bad)
             bar.update(1, kept=outcome.kept, rejected=outcome.rejected.total())
         for file in (good, bad):
             file.flush()
@@ -124,9 +135,9 @@ def generate(
 
 def _place(
     order: Order,
+    judge: Judge,
     scene: Described,
     reply: Reply,
-    seen: set[str],
     outcome: Outcome,
     good: TextIO,
     bad: TextIO,
@@ -136,7 +147,7 @@ def _place(
         outcome.failed[reply.failure.kind] += 1
         outcome.first_failure = outcome.first_failure or reply.failure.reason
         return
-    pairs, fault = _judge(order, scene, reply, seen)
+    pairs, fault = judge(scene, reply)
     provenance = _provenance(order, scene, reply)
     if fault is None:
         outcome.kept += 1
@@ -151,29 +162,6 @@ def _place(
     outcome.rejected[fault.partition(":")[0]] += 1
     row = {"id": scene.id, "image": scene.image, "reason": fault, "text": reply.text}
     bad.write(json.dumps(row | {"provenance": provenance}, ensure_ascii=False) + "\n")
-
-
-def _judge(
-    order: Order, scene: Described, reply: Reply, seen: set[str]
-) -> tuple[list[Pair], str | None]:
-    if reply.failure is not None:
-        return [], f"{reply.failure.kind}: {reply.failure.reason}"
-    if reply.finish_reason == "length":
-        return [], f"truncated: the reply was cut at {reply.completion_tokens} tokens"
-    pairs = read_pairs(order.kind, scene, reply.text)
-    if pairs is None:
-        # A refusal is told from other words without form, as it says more about the model.
-        refused = fault_of(order.kind, [("", reply.text)], "any")
-        if refused and refused.startswith("refusal"):
-            return [], refused
-        return [], "malformed: not in the form that was asked for"
-    fault = fault_of(order.kind, pairs, order.language)
-    if fault is None:
-        name = sha256_bytes(plain(" ".join(says for _, says in pairs)).encode())
-        if name in seen:
-            return pairs, "duplicate: another image has the same answers"
-        seen.add(name)
-    return pairs, fault
 
 
 def _turns(pairs: Sequence[Pair]) -> Iterator[dict[str, str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
+from pumice.core.errors import PumiceError
 from pumice.data.engine_prompts import Kind, Pair
+from pumice.data.near_texts import nearness
+from pumice.data.scripts import read_scripts, script_share
 
 _REFUSAL = re.compile(
     r"\b(i'?m sorry|i am sorry|i apologi[sz]e|i (can'?t|cannot|am unable to|am not able to) "
@@ -30,14 +32,17 @@ _ENOUGH_WORDS = 8
 # Of all answers together, and of one: a good caption may have a single small word in ten.
 _LEAST_ENGLISH, _LEAST_IN_ONE = 0.12, 0.05
 _MOST_FOREIGN = 0.1
+NEAR = 0.8
+"""The share of three-word runs from which on two texts are taken for one."""
+_SCRIPT = "script:"
 _SHARED = 0.9
 """The share of a long answer's different words that its question may hold."""
 
 
-def fault_of(kind: Kind, pairs: Sequence[Pair], language: str) -> str | None:
+def fault_of(kind: Kind, pairs: Sequence[Pair], language: str, near: float = NEAR) -> str | None:
     """The first rule that a conversation breaks, as `name: what was found`.
 
-    refusal | mention | count | length | duplicate_question | leak | language
+    refusal | mention | count | length | duplicate_question | near_question | leak | language
     """
     for says in (says for _, says in pairs):
         if found := _REFUSAL.search(says):
@@ -47,9 +52,29 @@ def fault_of(kind: Kind, pairs: Sequence[Pair], language: str) -> str | None:
             return f"mention: {found[0]!r}"
     if not kind.pairs[0] <= len(pairs) <= kind.pairs[1]:
         return f"count: {len(pairs)} questions, allowed {kind.pairs[0]} to {kind.pairs[1]}"
-    if fault := _fault_of_a_pair(kind, pairs):
+    if fault := _fault_of_a_pair(kind, pairs, near):
         return fault
+    if language.startswith(_SCRIPT):
+        return _fault_of_script(pairs, read_scripts(language.removeprefix(_SCRIPT)))
     return _fault_of_language(pairs) if language == "en" else None
+
+
+def check_language(language: str) -> None:
+    """`en`, `any` or `script:NAME,...`; anything else is an error."""
+    if language.startswith(_SCRIPT):
+        read_scripts(language.removeprefix(_SCRIPT))
+    elif language not in ("en", "any"):
+        raise PumiceError(
+            f"--language is {language!r}; allowed: en, any (no check), or {_SCRIPT}NAME for the "
+            f"letters that answers are written in, such as {_SCRIPT}han or {_SCRIPT}latin,greek."
+        )
+
+
+def _fault_of_script(pairs: Sequence[Pair], scripts: tuple[str, ...]) -> str | None:
+    for _, says in pairs:
+        if (share := script_share(says, scripts)) < 1 - _MOST_FOREIGN:
+            return f"language: {share:.0%} of the letters of {says!r} are {' or '.join(scripts)}"
+    return None
 
 
 def _fault_of_language(pairs: Sequence[Pair]) -> str | None:
@@ -61,15 +86,18 @@ def _fault_of_language(pairs: Sequence[Pair]) -> str | None:
     return None
 
 
-def _fault_of_a_pair(kind: Kind, pairs: Sequence[Pair]) -> str | None:
-    asked: set[str] = set()
+def _fault_of_a_pair(kind: Kind, pairs: Sequence[Pair], near: float) -> str | None:
+    asked: dict[str, str] = {}
     for asks, says in pairs:
         words = len(says.split())
         if not kind.words[0] <= words <= kind.words[1]:
             return f"length: {words} words, allowed {kind.words[0]} to {kind.words[1]}"
         if (name := plain(asks)) in asked:
             return f"duplicate_question: {asks!r}"
-        asked.add(name)
+        for before in asked.values():
+            if near < 1 and nearness(before, asks) >= near:
+                return f"near_question: {asks!r} after {before!r}"
+        asked[name] = asks
         if leaks(asks, says):
             return f"leak: {asks!r} holds {says!r}"
     return None
@@ -99,9 +127,7 @@ def leaks(question: str, answer: str) -> bool:
 
 def is_english(text: str, least: float = _LEAST_ENGLISH) -> bool:
     """Latin letters and, in texts long enough to tell, the small words of English."""
-    letters = [letter for letter in text if letter.isalpha()]
-    foreign = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
-    if foreign > _MOST_FOREIGN * max(len(letters), 1):
+    if script_share(text, ("latin",)) < 1 - _MOST_FOREIGN:
         return False
     words = _WORD.findall(text.lower())
     if len(words) < _ENOUGH_WORDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,3 +133,10 @@ def read_pairs(kind: Kind, scene: Described, text: str) -> list[Pair] | None:
             return None
         pairs.append((asks.removeprefix("Question:").strip(), says.removeprefix("Answer:").strip()))
     return pairs if all(asks and says for asks, says in pairs) else None
+
+
+def written_pairs(kind: Kind, pairs: Sequence[Pair]) -> str:
+    """Questions and answers in the asked form, which `read_pairs` reads."""
+    if kind.described_only:
+        return pairs[0][1]
+    return "\n===\n".join(f"Question:\n{asks}\n===\nAnswer:\n{says}" for asks, says in pairs)

@@ -91,6 +91,13 @@ class Teacher:
                 self._given[key] = response
             return response
 
+    def forget(self) -> None:
+        """As if nothing had been asked yet."""
+        with self._lock:
+            self.calls = 0
+            for table in (self.paid, self.met, self._failures, self._given):
+                table.clear()
+
     def stats(self) -> dict[str, Any]:
         """What was asked, answered and charged so far."""
         with self._lock:

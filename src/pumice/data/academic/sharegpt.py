@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pumice.core.errors import PumiceError
 from pumice.core.types import Message, Sample, TextPart
 from pumice.data.academic.base import Row, Rules, Tally, Task, llava_row, take
 from pumice.data.academic.html_text import as_markdown, is_html
+from pumice.data.scripts import read_scripts, script_share
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt",
              "bard": "gpt", "system": "system"}  # fmt: skip
@@ -44,6 +45,23 @@ class ShareGptRules(Rules):
     html: bool = Field(True, description="Web pages become Markdown.")
     stuck: bool = Field(True, description="Drop dialogues with a digit nine times in a row.")
     lost_numbers: bool = Field(True, description="Drop dialogues whose lists lost their numbers.")
+    keep_scripts: str | None = Field(
+        None,
+        description="Keep dialogues in these scripts alone, as latin or latin,greek.",
+    )
+    skip_scripts: str | None = Field(
+        None, description="Drop dialogues in these scripts, as hangul; Vicuna may skip a language."
+    )
+    script_share: float = Field(
+        0.5, gt=0, le=1, description="In a script is a dialogue with so many of its letters in it."
+    )
+
+    @field_validator("keep_scripts", "skip_scripts")
+    @classmethod
+    def _known(cls, names: str | None) -> str | None:
+        if names is not None:
+            read_scripts(names)
+        return names
 
 
 def sharegpt_rows(task: Task[ShareGptRules]) -> Iterator[Row]:
@@ -101,6 +119,17 @@ def _unfit(turns: list[tuple[str, str]], rules: ShareGptRules) -> str | None:
         return "dialogue with a digit nine times in a row"
     if rules.lost_numbers and _LOST_NUMBERS.search(whole):
         return "dialogue whose lists lost their numbers"
+    return _unfit_script(whole, rules)
+
+
+def _unfit_script(whole: str, rules: ShareGptRules) -> str | None:
+    def within(scripts: str) -> bool:
+        return script_share(whole, read_scripts(scripts)) >= rules.script_share
+
+    if rules.keep_scripts is not None and not within(rules.keep_scripts):
+        return "dialogue in another script than the kept ones"
+    if rules.skip_scripts is not None and within(rules.skip_scripts):
+        return "dialogue in a skipped script"
     return None
 
 
