@@ -27,10 +27,23 @@ def register(group: typer.Typer) -> None:
     group.command("generate", epilog=example(line))(generate)
 
 
+KindArg = Annotated[
+    str, typer.Argument(metavar="KIND", help="conversation, detail, reasoning or custom.")
+]
+ExamplesOption = Annotated[
+    Path | None, typer.Option("--examples", metavar="FILE", help="JSONL: replies to learn by.")
+]
+LanguageOption = Annotated[
+    str,
+    typer.Option("--language", metavar="NAME", help="en, any (no check), or as script:han."),
+]
+NearOption = Annotated[
+    float, typer.Option("--near", min=0.01, max=1.0, help="Rows so alike are copies; 1: equal.")
+]
+
+
 def generate(
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="conversation, detail, reasoning or custom.")
-    ],
+    kind: KindArg,
     captions: Annotated[Path, typer.Option("--captions", help="COCO captions, or JSONL.")],
     endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="As https://host/v1.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="LLaVA JSONL.")],
@@ -47,15 +60,9 @@ def generate(
     timeout: Annotated[float, typer.Option(help="Seconds before a call is given up.")] = 120.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the endpoint's model.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 1024,
-    examples: Annotated[
-        Path | None, typer.Option("--examples", metavar="FILE", help="JSONL: replies to learn by.")
-    ] = None,
-    language: Annotated[
-        str, typer.Option(metavar="NAME", help="en, any (no check), or script:NAME as script:han.")
-    ] = "en",
-    near: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="From so alike on a row is a copy; 1: equal.")
-    ] = 0.8,
+    examples: ExamplesOption = None,
+    language: LanguageOption = "en",
+    near: NearOption = 0.8,
     as_json: JsonOption = False,
 ) -> None:
     """Make training conversations from captions and boxes.
