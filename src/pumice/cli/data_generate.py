@@ -74,10 +74,8 @@ def generate(
     from pumice.core.llm_client import Endpoint, LLMClient
     from pumice.data import engine
     from pumice.data.engine_examples import read_examples
-    from pumice.data.engine_filters import check_language
     from pumice.data.engine_scenes import read_described
 
-    check_language(language)
     wanted = _kind(kind, prompt)
     order = engine.Order(
         kind=wanted,

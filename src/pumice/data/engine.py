@@ -19,7 +19,7 @@ from pumice.core.llm_client import LLMClient
 from pumice.core.llm_types import ChatRequest, Reply
 from pumice.core.progress import progress
 from pumice.data.engine_examples import Example
-from pumice.data.engine_filters import NEAR
+from pumice.data.engine_filters import NEAR, check_language
 from pumice.data.engine_judge import Judge
 from pumice.data.engine_prompts import VERSION, Kind, Pair, asked_text
 from pumice.data.engine_scenes import Described
@@ -41,6 +41,9 @@ class Order:
     near: float = NEAR
     examples: tuple[Example, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_language(self.language)
 
     def request(self, scene: Described) -> ChatRequest:
         """The call that is made for an image."""
