@@ -82,7 +82,7 @@ def kill_until_done(
     """Kill that many processes, each at a random moment, and compare what is there each time."""
     chance = random.Random(seed)
     replies = root / "killed.jsonl.replies.jsonl"
-    at_the_end = kills // 5
+    at_the_end = max(kills // 5, 1)
     paid = []
     for number in range(kills):
         if number == kills - at_the_end:
