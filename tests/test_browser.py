@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import tiny
 from eval_files import Scripted, vqa_files
 from pumice.eval import browser
 from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.categories import category_rows
 from pumice.eval.eval_report import report_eval
 from pumice.eval.published import PUBLISHED, published_section
 from pumice.eval.runner import run_benchmark
@@ -77,12 +79,34 @@ def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert page.counts() in page.section()
 
 
+def test_categories_and_counts_are_on_the_page(tmp_path: Path) -> None:
+    folder, scores = evaluated(tmp_path)
+    page = report_eval("m", [(VQA, folder, scores)], tmp_path / "out").read_text("utf-8")
+    assert "n = 12, 1 errors" in page
+    rows = category_rows(scores)
+    assert rows[0] == ["category", "n", "accuracy", "answer_words"]
+    # Question types first, and then answer types.
+    assert [row[0] for row in rows[1:]] == [
+        "what color", "how many", "is the",
+        "answer_type=other", "answer_type=number", "answer_type=yes/no",
+    ]  # fmt: skip
+    assert rows[1][:3] == ["what color", "4", "100.00"] and rows[3][1] == "3"
+    cells = "".join(f"<td>{cell}</td>" for cell in rows[1])
+    assert cells in page and "6 categories" in page
+
+
 def test_published_scores_stand_beside_and_other_questions_are_told(tmp_path: Path) -> None:
     _, scores = evaluated(tmp_path)
     section = published_section([scores])
     assert "LLaVA-1.5 13B" in section and "<td>80.0</td>" in section
     assert "107,394 questions, here 12" in section
     assert published_section([]) == ""
+    # Hollow, since these were other questions; a withheld score has no mark.
+    assert section.count('class="own other"') == 1 and section.count('class="published"') > 4
+    withheld = published_section([replace(scores, metrics=None)])
+    assert "score is withheld" in withheld and 'class="own' not in withheld.split("<table")[0]
+    same = published_section([replace(scores, n=107_394)])
+    assert 'class="own"' in same.split("<table")[0]
     # The paper's rows, where a slip of a column would be seen.
     assert PUBLISHED["mme"].scores["LLaVA-1.5 7B"] == 1510.7
     assert PUBLISHED["mmbench_cn"].scores["Qwen-VL-Chat"] == 56.7

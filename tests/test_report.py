@@ -18,6 +18,7 @@ import tiny
 from pumice.cli.run_report import _tiling
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.charts import interval_plot, loss_chart, nice_ticks, running_mean
+from pumice.eval.dot_plot import Dot, dot_plot
 from pumice.eval.examples import pick_examples
 from pumice.eval.report import (
     Example,
@@ -161,6 +162,21 @@ def test_a_score_is_drawn_at_its_value() -> None:
     assert 'class="base" x1="66.70%"' in strip
     assert 'class="blind" cx="100.00%"' in strip
     assert 'class="score"' not in interval_plot(None, None, 50, None)
+
+
+def test_dots_stand_in_their_order_and_within_the_axis() -> None:
+    dots = [Dot("A", 10.0), Dot("B", 30.0), Dot("me", 20.0, (5.0, 35.0), own=True, other=True)]
+    plot = dot_plot(dots, "T & U")
+    assert 'aria-label="T &amp; U: B 30.0, me 20.0, A 10.0"' in plot
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', plot)]
+    b, me, a = places
+    assert me - a == pytest.approx(b - me, abs=0.11) and a < me
+    [(low, high)] = re.findall(r'class="interval" x1="([\d.]+)" x2="([\d.]+)"', plot)
+    left, right = float(low), float(high)
+    assert (right - left) == pytest.approx((b - a) * 30 / 20, abs=0.3)
+    ticks = {float(t): float(x) for x, t in re.findall(r'"tick" x="([\d.]+)"[^>]*>(\d+)<', plot)}
+    assert len(ticks) >= 3 and ticks[20] == pytest.approx(me, abs=0.11)
+    assert dot_plot([Dot("A", 1.0)], "one").count("<circle") == 1
 
 
 def test_the_loss_axis_is_logarithmic_only_when_the_loss_falls_far() -> None:

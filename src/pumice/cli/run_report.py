@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pumice
 from pumice.core.files import read_json, read_jsonl
 from pumice.eval.browser import browse
+from pumice.eval.categories import category_section
 from pumice.eval.choose import benchmark_of
 from pumice.eval.examples import pick_examples
 from pumice.eval.published import published_section
@@ -51,6 +52,7 @@ def report_run(
         about=recipe.about,
         scores=rows,
         published=published_section(scores),
+        categories=category_section(list(zip(benchmarks, scores, strict=True))),
         browser=browse(
             [
                 (bench, out / "eval" / bench.name, own)

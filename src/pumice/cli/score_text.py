@@ -40,22 +40,13 @@ def score_table(all_scores: Sequence[Scores], shuffled: Sequence[Scores] = ()) -
 
 def category_tables(all_scores: Sequence[Scores]) -> str:
     """A table for each benchmark that has a score: its categories, their metrics and sizes."""
+    from pumice.eval.categories import category_rows
+
     return "\n".join(
         f"\n{scores.benchmark}\n{table(category_rows(scores))}"
         for scores in all_scores
         if scores.by_category
     )
-
-
-def category_rows(scores: Scores) -> list[list[str]]:
-    """The titles, and a row for each category: its name, its number of items, its metrics."""
-    names = list(dict.fromkeys(key for own in scores.by_category.values() for key in own))
-    names = [name for name in names if name != "n"]
-    rows = [["category", "n", *names]]
-    for category, own in scores.by_category.items():
-        values = [_number(own.get(name)) for name in names]
-        rows.append([category or "(none)", f"{own['n']:.0f}", *values])
-    return rows
 
 
 def comparison_table(found: Sequence[Comparison]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pumice.eval.benchmark import Benchmark
 from pumice.eval.browser import browse
+from pumice.eval.categories import category_section
 from pumice.eval.published import published_section
 from pumice.eval.report import ReportData, score_row, write_report
 from pumice.eval.scores import Scores
@@ -22,8 +23,11 @@ def report_eval(model: str, runs: Sequence[tuple[Benchmark, Path, Scores]], out:
         about="".join(
             f"A control: asked with {name} images." for name in sorted(map(str, controls))
         ),
-        scores=[score_row(own, bench.title, bench.headline) for bench, _, own in runs],
+        scores=[
+            score_row(own, bench.title, bench.headline, most=bench.most) for bench, _, own in runs
+        ],
         published="" if controls else published_section(scores),
+        categories=category_section([(bench, own) for bench, _, own in runs]),
         browser=browse(runs),
         footnotes=[f"{own.benchmark}: {line}" for own in scores for line in own.notes],
     )

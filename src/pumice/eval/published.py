@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.dot_plot import Dot, dot_plot
 from pumice.eval.scores import Scores
 
 SOURCE = "Liu et al., Improved Baselines with Visual Instruction Tuning (2023), tables 3 and 4"
@@ -25,6 +26,7 @@ class Published:
     scores: dict[str, float]
 
 
+_OWN = "this model"
 _NAMES = (
     "LLaVA 7B", "InstructBLIP 7B", "InstructBLIP 13B", "IDEFICS 9B", "IDEFICS 80B", "Qwen-VL",
     "Qwen-VL-Chat", "LLaVA-1.5 7B", "LLaVA-1.5 13B", "LLaVA-1.5-HD 13B",
@@ -66,37 +68,62 @@ PUBLISHED = {
 
 
 def published_section(scores: Sequence[Scores]) -> str:
-    """A table of the own scores beside the published ones; empty when none was published.
+    """A plot for each benchmark and a table: the own scores beside the published ones.
 
-    A score of other items than the official split's says so: it cannot be compared.
+    Empty when none was published. A score of other items than the official split's says so: it
+    cannot be compared.
     """
     told = [own for own in scores if own.benchmark in PUBLISHED]
     if not told:
         return ""
     names = [name for name in _NAMES if any(name in PUBLISHED[o.benchmark].scores for o in told)]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", "this model", *names))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", _OWN, *names))
+    plots = "\n".join(map(_plot, told))
     lines = "\n".join(_line(own, names) for own in told)
     return (
         '<section>\n<h2>Beside published models</h2>\n<p class="lead">'
         f"{escape(SOURCE)}; official splits. A score of other questions is no rank among them: "
-        "where the number of questions differs, the line says so, and equal numbers alone do not "
-        'make files the same.</p>\n<div class="scroll"><table class="published"><thead><tr>'
-        f"{head}</tr></thead><tbody>\n{lines}\n</tbody></table></div>\n</section>"
+        "where the number of questions differs, the line says so and the mark is hollow, and equal "
+        "numbers alone do not make files the same. Every plot has an axis of its own; the bar is "
+        f'the 95 % interval.</p>\n<div class="plots">\n{plots}\n</div>\n'
+        "<details><summary>The numbers</summary>"
+        f'<div class="scroll"><table class="published"><thead><tr>{head}</tr></thead><tbody>\n'
+        f"{lines}\n</tbody></table></div></details>\n</section>"
+    )
+
+
+def _plot(own: Scores) -> str:
+    row, benchmark = PUBLISHED[own.benchmark], BENCHMARKS[own.benchmark]
+    value = (own.metrics or {}).get(benchmark.headline)
+    dots = [Dot(name, score) for name, score in row.scores.items()]
+    if value is not None:
+        interval = own.interval.get(benchmark.headline)
+        dots.append(Dot(_OWN, value, interval, own=True, other=own.n not in row.items))
+    withheld = "" if value is not None else "; this model's score is withheld"
+    return (
+        f"<figure><figcaption><strong>{escape(benchmark.title)}</strong>"
+        f"<span>{escape(_split(own))}{withheld}</span></figcaption>"
+        f"{dot_plot(dots, benchmark.title)}</figure>"
     )
 
 
 def _line(own: Scores, names: Sequence[str]) -> str:
     row, benchmark = PUBLISHED[own.benchmark], BENCHMARKS[own.benchmark]
     value = (own.metrics or {}).get(benchmark.headline)
-    shown = "withheld" if value is None else f"{value:.1f}"
-    note = row.split
-    if own.n not in row.items:
-        note += f": {row.items[0]:,} questions, here {own.n:,}"
+    shown = "withheld" if value is None else f"{value:,.1f}"
     cells = "".join(
         f"<td>{row.scores[name]:,.1f}</td>" if name in row.scores else "<td>–</td>"
         for name in names
     )
     return (
-        f'<tr><td><strong>{escape(benchmark.title)}</strong><span class="off">{escape(note)}</span>'
-        f'</td><td class="own">{shown}</td>{cells}</tr>'
+        f'<tr><td><strong>{escape(benchmark.title)}</strong><span class="off">'
+        f'{escape(_split(own))}</span></td><td class="own">{shown}</td>{cells}</tr>'
     )
+
+
+def _split(own: Scores) -> str:
+    """The published split, and how many questions it has where other ones were asked here."""
+    row = PUBLISHED[own.benchmark]
+    if own.n in row.items:
+        return row.split
+    return f"{row.split}: {row.items[0]:,} questions, here {own.n:,}"

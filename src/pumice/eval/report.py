@@ -49,6 +49,8 @@ class ScoreRow:
     blind: float | None = None
     n: int = 0
     unparsed: int = 0
+    errors: int = 0
+    missing: int = 0
     full: float = 100.0
     note: str = ""
     most: float = 100.0
@@ -94,6 +96,7 @@ class ReportData:
     facts: Mapping[str, str] = field(default_factory=dict)
     costs: Sequence[Mapping[str, str]] = ()
     published: str = ""
+    categories: str = ""
     browser: Browser | None = None
     footnotes: Sequence[str] = ()
 
@@ -120,6 +123,8 @@ def score_row(
         blind=None if blind is None else pick(blind.metrics),
         n=scores.n,
         unparsed=scores.unparsed,
+        errors=scores.errors,
+        missing=scores.missing,
         full=_FULL.get(scores.benchmark, 100.0),
         note=scores.notes[0] if scores.withheld and scores.notes else "",
         most=most,
@@ -133,6 +138,7 @@ def write_report(path: Path, data: ReportData) -> None:
         _head(data),
         _score_table(data.scores),
         data.published,
+        data.categories,
         _curves(data.curves),
         _examples(data.examples),
         "" if data.browser is None else data.browser.section(),
@@ -241,8 +247,9 @@ def _on_the_axis(
 def _score_line(row: ScoreRow) -> str:
     of = "" if row.most == 100 else f" of {row.most:,.0f}"
     small = f"{escape(row.metric)}{of}, n = {row.n:,}"
-    if row.unparsed:
-        small += f", {row.unparsed:,} unparsed"
+    for name in ("unparsed", "errors", "missing"):
+        if count := getattr(row, name):
+            small += f", {count:,} {name}"
     if row.value is None:
         score = '<span class="withheld">withheld</span>'
     elif row.interval is None:
