@@ -10,10 +10,10 @@ import typer
 
 from pumice.cli.options import JsonOption, example
 from pumice.cli.output import note, say, say_json
+from pumice.cli.prices import read_prices
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from pumice.core.llm_types import Prices
     from pumice.data.engine import Estimate, Outcome
     from pumice.data.engine_prompts import Kind
 
@@ -94,7 +94,7 @@ def generate(
         per_minute=per_minute,
         timeout=timeout,
     )
-    prices = _prices(price_in, price_out)
+    prices = read_prices(price_in, price_out, "--price")
     with LLMClient(target, cache=_beside(out, "replies"), prices=prices, cost_cap=cost_cap) as llm:
         before = engine.estimate(llm, order, scenes)
         note(_estimate_text(before, cost_cap))
@@ -122,16 +122,6 @@ def _kind(name: str, prompt: Path | None) -> Kind:
     if (name == "custom") != (prompt is not None):
         raise PumiceError("custom needs --prompt FILE, and the other kinds have their own prompt.")
     return custom_kind(prompt) if prompt is not None else KINDS[name]
-
-
-def _prices(price_in: float | None, price_out: float | None) -> Prices | None:
-    from pumice.core.llm_types import Prices
-
-    if price_in is None and price_out is None:
-        return None
-    if price_in is None or price_out is None:
-        raise PumiceError("give both --price-in and --price-out, or neither.")
-    return Prices(price_in, price_out)
 
 
 def _beside(out: Path, what: str) -> Path:

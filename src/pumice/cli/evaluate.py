@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli.endpoint import check_options, is_url, remote_model
+from pumice.cli.judging import JUDGE, REPLIES, JudgeOptions, judged
 from pumice.cli.options import (
     ENDPOINT,
     LOADING,
@@ -88,6 +89,7 @@ def evaluate(
     allow_errors: AllowErrorsOption = False,
     categories: CategoriesOption = False,
     endpoint: EndpointOptions = ENDPOINT,
+    judge: JudgeOptions = JUDGE,
     loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,8 +97,8 @@ def evaluate(
 
     MODEL may be the address of an OpenAI-compatible endpoint; its key is read from PUMICE_API_KEY
     or OPENAI_API_KEY. DIR gets predictions.jsonl and scores.json per benchmark. A stopped run goes
-    on where it stopped. Started by torchrun, each process asks its share. Exits with 1 when a score
-    is withheld.
+    on. Under torchrun each process asks its share. Without --judge, free answers are scored by
+    their words. Exits with 1 when a score is withheld.
     """
     if compare is not None:
         if model or bench or out:
@@ -119,22 +121,19 @@ def evaluate(
 
     # All that can be wrong without a model, before minutes are spent on loading one.
     check_options(model, endpoint, loading)
-    job = _Job(
-        benchmarks=choose_benchmarks(bench.split(","), option or ()),
-        data=data,
-        out=out,
-        limit=limit,
-        control=control,
-        allow_errors=allow_errors,
-    )
+    chosen = choose_benchmarks(bench.split(","), option or ())
     check_data_dir(data)
     if control is not None:
         CONTROLS[control]
-    with _subject(model, batch_size, endpoint, loading) as subject:
+    with (
+        judged(chosen, judge, out / REPLIES) as benchmarks,
+        _subject(model, batch_size, endpoint, loading) as subject,
+    ):
+        job = _Job(benchmarks, data, out, limit, control, allow_errors)
         _run(job, subject, as_json, categories)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     """What is to be evaluated, and how."""
 

@@ -24,14 +24,14 @@ def score_table(all_scores: Sequence[Scores], shuffled: Sequence[Scores] = ()) -
     for scores in all_scores:
         counts = [str(c) for c in (scores.n, scores.unparsed, scores.missing, scores.errors)]
         if scores.metrics is None:
-            empty = [scores.benchmark, "withheld", "-", "-", "-", *counts]
+            empty = [scores.label, "withheld", "-", "-", "-", *counts]
             rows.append([*empty, "-"] if other else empty)
             continue
         for name, value in scores.metrics.items():
             pair = scores.interval.get(name)
             interval = f"{_number(pair[0])} .. {_number(pair[1])}" if pair else "-"
             base = _number(scores.base_rate.get(name))
-            row = [scores.benchmark, name, _number(value), interval, base, *counts]
+            row = [scores.label, name, _number(value), interval, base, *counts]
             if other:
                 row.append(_number(other.get(scores.benchmark, {}).get(name)))
             rows.append(row)
@@ -43,7 +43,7 @@ def category_tables(all_scores: Sequence[Scores]) -> str:
     from pumice.eval.categories import category_rows
 
     return "\n".join(
-        f"\n{scores.benchmark}\n{table(category_rows(scores))}"
+        f"\n{scores.label}\n{table(category_rows(scores))}"
         for scores in all_scores
         if scores.by_category
     )

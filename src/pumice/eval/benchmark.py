@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,6 +21,8 @@ from pumice.core.registry import check_choice, suggest
 from pumice.core.types import Prediction
 
 Floats = npt.NDArray[np.float64]
+UNJUDGED = "unjudged"
+"""The key in a prediction's `extra` that says why an answer still lacks its judge's verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ class Row:
 
     item: Item
     prediction: Prediction
+
+    @property
+    def fault(self) -> str | None:
+        """Why there is no score for this row: no answer, or no verdict on it; None with one."""
+        return self.prediction.error or self.prediction.extra.get(UNJUDGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +188,39 @@ class Benchmark(ABC):
             for key, value in self.tally(row).items():
                 sums[key] += value
         return dict(sums)
+
+    def prediction(self, item: Item, text: str, extra: Mapping[str, Any]) -> Prediction:
+        """A raw answer, parsed and, where the truth is known, scored; `extra` stays with it."""
+        parsed = self.parse(text, item)
+        return Prediction(
+            id=item.id,
+            prompt_hash="",
+            text=text,
+            parsed=parsed,
+            score=self.score(parsed, item) if self.judged else None,
+            extra=dict(extra),
+        )
+
+    @property
+    def row_options(self) -> Mapping[str, str]:
+        """The choices that decide what is asked; a judge's are not among them."""
+        return self.chosen
+
+    def judging(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Who judges the answers to these items and how, for the protocol; {} without a judge."""
+        return {}
+
+    def consult(self, rows: Sequence[Row]) -> Iterable[Row]:
+        """After all is answered: those of the rows on which a judge has now given its verdicts."""
+        return ()
+
+    def judge_summary(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
+        """What scores.json says of the judge, and what a reader must be told."""
+        return {}, []
+
+    def as_recorded(self, protocol: Mapping[str, Any]) -> Self:
+        """The benchmark as a run was scored by it: with the options and the judge it names."""
+        return self.with_options(protocol.get("options", {}))
 
     def prepare(self, items: Sequence[Item]) -> None:  # noqa: B027 - most have nothing to do
         """Before these items are asked: puts on disk what they show and is not there as a file.

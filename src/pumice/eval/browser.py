@@ -65,7 +65,7 @@ class Browser:
                 "read": prediction.parsed,
                 "truth": benchmark.truth_text(item) if benchmark.judged else "",
                 "score": prediction.score,
-                "error": prediction.error,
+                "error": row.fault,
                 "verdict": _verdict(row),
                 "image": self._image(item.image, budget),
             }
@@ -132,7 +132,7 @@ def _script() -> str:
 
 def _verdict(row: Row) -> str:
     prediction = row.prediction
-    if prediction.error is not None:
+    if row.fault is not None:
         return "error"
     if prediction.parsed is None:
         return "unparsed"

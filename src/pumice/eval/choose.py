@@ -13,7 +13,11 @@ from pumice.eval.submit import SERVERS
 
 ALL = "all"
 # What the field calls some of them beside their own name.
-_OTHER_NAMES = {"seed": "seed_bench", "seedbench": "seed_bench", "sqa": "scienceqa"}
+_OTHER_NAMES = {
+    "seed": "seed_bench", "seedbench": "seed_bench", "sqa": "scienceqa", "mm_vet": "mmvet",
+    "llava_bench": "llava_wild", "llavabench": "llava_wild", "llava_w": "llava_wild",
+    "llava_bench_in_the_wild": "llava_wild",
+}  # fmt: skip
 
 
 def choose_benchmarks(names: Iterable[str], options: Sequence[str] = ()) -> list[Benchmark]:
@@ -47,8 +51,8 @@ def choose_benchmark(name: str, options: Sequence[str] = (), *, server: bool = F
 
 
 def benchmark_of(scores: Scores) -> Benchmark:
-    """The benchmark that gave these scores, with the options they were made with."""
-    return BENCHMARKS[scores.benchmark].with_options(scores.protocol.get("options", {}))
+    """The benchmark that gave these scores, with the options and the judge they were made with."""
+    return BENCHMARKS[scores.benchmark].as_recorded(scores.protocol)
 
 
 def _known_name(name: str) -> str:

@@ -130,7 +130,12 @@ def compare_rows(
     """Compares two sets of rows over the same items in the same order."""
     assert [row.item.id for row in rows_a] == [row.item.id for row in rows_b]
     pairs = list(zip(rows_a, rows_b, strict=True))
-    gains = [(b.prediction.score or 0.0) - (a.prediction.score or 0.0) for a, b in pairs]
+    gains = [
+        b.prediction.score - a.prediction.score
+        for a, b in pairs
+        # A verdict that nobody can read is no score, so nobody won there.
+        if a.prediction.score is not None and b.prediction.score is not None
+    ]
     metrics = _differences(benchmark, rows_a, rows_b)
     groups = len({row.item.group for row in rows_a})
     slices = dict.fromkeys(name for row in rows_a for name in benchmark.slices(row.item))
@@ -271,4 +276,4 @@ def rows_of_run(
 
 
 def _answered(rows: Mapping[str, Row]) -> dict[str, Row]:
-    return {name: row for name, row in rows.items() if row.prediction.error is None}
+    return {name: row for name, row in rows.items() if row.fault is None}

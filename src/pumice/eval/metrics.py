@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pumice.core.types import Prediction
 from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums
 
 DRAWS = 1000
@@ -84,6 +83,8 @@ def base_rate(benchmark: Benchmark, items: Sequence[Item]) -> Metrics:
     if not benchmark.judged:
         return {}
     answers = benchmark.base_answers(items)
+    if not answers:
+        return {}
     return evaluate(benchmark, [score_item(benchmark, item, answers[item.id]) for item in items])
 
 
@@ -91,18 +92,7 @@ def score_item(
     benchmark: Benchmark, item: Item, text: str, extra: Mapping[str, object] | None = None
 ) -> Row:
     """A raw answer, parsed and, where the truth is known, scored."""
-    parsed = benchmark.parse(text, item)
-    return Row(
-        item,
-        Prediction(
-            id=item.id,
-            prompt_hash="",
-            text=text,
-            parsed=parsed,
-            score=benchmark.score(parsed, item) if benchmark.judged else None,
-            extra=dict(extra or {}),
-        ),
-    )
+    return Row(item, benchmark.prediction(item, text, extra or {}))
 
 
 def _drawn(sums: Floats, draws: int, seed: int) -> Floats:

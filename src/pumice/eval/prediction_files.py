@@ -21,6 +21,7 @@ from pumice.core.types import Prediction, Result
 from pumice.eval.benchmark import Answer, Benchmark, Item, Row
 from pumice.eval.metrics import score_item
 from pumice.eval.scores import fingerprint
+from pumice.eval.verdicts import verdicts_in
 
 log = get_logger(__name__)
 
@@ -94,10 +95,14 @@ class PredictionFiles:
         for path in self._rank_files():
             path.unlink()
 
-    def row(self, item: Item, result: Result) -> Row:
-        """The row of one result, with what a later run needs to know it again."""
-        row = answered_row(self.benchmark, item, Answer(item.id, result.text, error=result.error))
-        extra = {**self.key, "category": item.category}
+    def row(self, item: Item, result: Result, verdicts: Mapping[str, Any] | None = None) -> Row:
+        """The row of one result, with what a later run needs to know it again.
+
+        `verdicts` are those that a judge gave on it earlier.
+        """
+        answer = Answer(item.id, result.text, error=result.error)
+        row = answered_row(self.benchmark, item, answer, verdicts)
+        extra = {**row.prediction.extra, **self.key, "category": item.category}
         return Row(item, replace(row.prediction, prompt_hash=prompt_hash(item), extra=extra))
 
     def _fitting(self, path: Path) -> dict[str, Row]:
@@ -106,7 +111,7 @@ class PredictionFiles:
         return {row.item.id: row for row in rows if row is not None}
 
     def _row(self, old: Mapping[str, Any], by_id: Mapping[str, Item]) -> Row | None:
-        """The row of these files, parsed and scored anew: only its text is taken over."""
+        """The row of these files, parsed and scored anew: only what was said is taken over."""
         item = by_id.get(str(old.get("id")))
         extra = old.get("extra") or {}
         if (
@@ -116,17 +121,23 @@ class PredictionFiles:
             or old.get("prompt_hash") != prompt_hash(item)
         ):
             return None
-        return self.row(item, Result(id=item.id, text=old["text"], error=old.get("error")))
+        result = Result(id=item.id, text=old["text"], error=old.get("error"))
+        return self.row(item, result, verdicts_in(extra))
 
     def _rank_files(self) -> list[Path]:
         return sorted(self.directory.glob(_OF_RANK.format("*")))
 
 
-def answered_row(benchmark: Benchmark, item: Item, answer: Answer) -> Row:
-    """An answer, scored; an error is kept as an error and has no score."""
+def answered_row(
+    benchmark: Benchmark, item: Item, answer: Answer, verdicts: Mapping[str, Any] | None = None
+) -> Row:
+    """An answer, scored; an error is kept as an error and has no score.
+
+    `verdicts` are what `verdicts_in` gave for this answer.
+    """
     if answer.error is None:
         extra = {} if answer.prompt is None else {"prompt": answer.prompt}
-        return score_item(benchmark, item, answer.text, extra)
+        return score_item(benchmark, item, answer.text, {**extra, **(verdicts or {})})
     failed = Prediction(
         id=item.id,
         prompt_hash="",

@@ -82,9 +82,9 @@ def published_section(scores: Sequence[Scores]) -> str:
     lines = "\n".join(_line(own, names) for own in told)
     return (
         '<section>\n<h2>Beside published models</h2>\n<p class="lead">'
-        f"{escape(SOURCE)}; official splits. A score of other questions is no rank among them: "
-        "where the number of questions differs, the line says so and the mark is hollow, and equal "
-        "numbers alone do not make files the same. Every plot has an axis of its own; the bar is "
+        f"{escape(SOURCE)}; official splits. A score of other questions, or by another judge, is no "
+        "rank among them: where these differ, the line says so and the mark is hollow, and equal "
+        "numbers of questions alone do not make files the same. Every plot has an axis of its own; the bar is "
         f'the 95 % interval.</p>\n<div class="plots">\n{plots}\n</div>\n'
         "<details><summary>The numbers</summary>"
         f'<div class="scroll"><table class="published"><thead><tr>{head}</tr></thead><tbody>\n'
@@ -98,7 +98,7 @@ def _plot(own: Scores) -> str:
     dots = [Dot(name, score) for name, score in row.scores.items()]
     if value is not None:
         interval = own.interval.get(benchmark.headline)
-        dots.append(Dot(_OWN, value, interval, own=True, other=own.n not in row.items))
+        dots.append(Dot(_OWN, value, interval, own=True, other=_is_other(own)))
     withheld = "" if value is not None else "; this model's score is withheld"
     return (
         f"<figure><figcaption><strong>{escape(benchmark.title)}</strong>"
@@ -122,8 +122,14 @@ def _line(own: Scores, names: Sequence[str]) -> str:
 
 
 def _split(own: Scores) -> str:
-    """The published split, and how many questions it has where other ones were asked here."""
+    """The published split; how many questions it has, and who judged, where that differs here."""
     row = PUBLISHED[own.benchmark]
-    if own.n in row.items:
-        return row.split
-    return f"{row.split}: {row.items[0]:,} questions, here {own.n:,}"
+    told = row.split
+    if own.n not in row.items:
+        told += f": {row.items[0]:,} questions, here {own.n:,}"
+    return f"{told}; {own.caution}" if own.judge and own.caution else told
+
+
+def _is_other(own: Scores) -> bool:
+    """Whether this is no rank among the published: of other questions, or by another judge."""
+    return own.n not in PUBLISHED[own.benchmark].items or bool(own.judge and own.caution)

@@ -115,7 +115,7 @@ def score_row(
         return None if metrics is None else metrics.get(metric)
 
     return ScoreRow(
-        title=title,
+        title=f"{title} ({scores.judge['name']})" if scores.judge else title,
         metric=metric.replace("_", " "),
         value=pick(scores.metrics),
         interval=scores.interval.get(metric),
@@ -126,7 +126,7 @@ def score_row(
         errors=scores.errors,
         missing=scores.missing,
         full=_FULL.get(scores.benchmark, 100.0),
-        note=scores.notes[0] if scores.withheld and scores.notes else "",
+        note=scores.caution,
         most=most,
     )
 

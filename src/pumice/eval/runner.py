@@ -15,7 +15,7 @@ from pumice.core.log import get_logger
 from pumice.core.progress import progress
 from pumice.core.types import Request, Result, Sampling, user
 from pumice.eval.answer_files import read_answers
-from pumice.eval.benchmark import Benchmark, Item, Row
+from pumice.eval.benchmark import Benchmark, Item, Matching, Row
 from pumice.eval.controls import CONTROLS
 from pumice.eval.locate import check_data_dir
 from pumice.eval.prediction_files import PredictionFiles, answered_row
@@ -115,7 +115,7 @@ def run_benchmark(
         pending = [item for item in items if item.id not in rows]
         origin = {"data": str(data_dir.resolve()), "weights": weights, **asdict(asking)}
         scoring = _Scoring(files, asking.protocol(benchmark, items), origin, allow_errors)
-        if ranks.is_main and pending:
+        if ranks.is_main and (pending or any(row.fault for row in rows.values())):
             scoring.write(rows, finished=False)
     title = benchmark.name
     if control is not None:
@@ -127,7 +127,13 @@ def run_benchmark(
         mine = neighbours(ranks.share(pending))
         path = files.path if ranks.size == 1 else files.of_rank(ranks.rank)
         _ask(answer, files, mine, path, title, rows)
-        finished = ranks.wait()
+        asked = ranks.wait()
+        if asked and ranks.is_main:
+            rows |= files.answered_by_ranks()
+            files.settle(rows)
+            for row in benchmark.consult([rows[item.id] for item in items if item.id in rows]):
+                rows[row.item.id] = row
+        finished = asked
     finally:
         if ranks.is_main:
             rows |= files.answered_by_ranks()
@@ -167,7 +173,29 @@ class _Scoring:
 def rescore(
     benchmark: Benchmark, data_dir: Path, answers_file: Path, *, allow_errors: bool = False
 ) -> Scores:
-    """Scores an answers file without a model."""
+    """Scores an answers file without a model, but a benchmark's judge is asked."""
+    items, matching = matched_answers(benchmark, data_dir, answers_file)
+    rows = [
+        answered_row(benchmark, item, matching.answers[item.id])
+        for item in items
+        if item.id in matching.answers
+    ]
+    judged = {row.item.id: row for row in benchmark.consult(rows)}
+    return make_scores(
+        benchmark,
+        items,
+        [judged.get(row.item.id, row) for row in rows],
+        protocol=full_protocol(benchmark, items),
+        notes=matching.notes,
+        flawed=matching.flawed,
+        allow_errors=allow_errors,
+    )
+
+
+def matched_answers(
+    benchmark: Benchmark, data_dir: Path, answers_file: Path
+) -> tuple[list[Item], Matching]:
+    """The benchmark's items, and the answers of a file to them; an error when none fits."""
     check_data_dir(data_dir)
     items = benchmark.load(data_dir)
     matching = benchmark.match(read_answers(answers_file), items, str(answers_file))
@@ -177,20 +205,7 @@ def rescore(
             f"(whose ids look like {items[0].id!r}). {'; '.join(matching.notes)}. Give the answers "
             f"and the official files of the same benchmark and split."
         )
-    rows = [
-        answered_row(benchmark, item, matching.answers[item.id])
-        for item in items
-        if item.id in matching.answers
-    ]
-    return make_scores(
-        benchmark,
-        items,
-        rows,
-        protocol=full_protocol(benchmark, items),
-        notes=matching.notes,
-        flawed=matching.flawed,
-        allow_errors=allow_errors,
-    )
+    return items, matching
 
 
 def take_evenly(items: list[Item], limit: int | None, *, whole_groups: bool = False) -> list[Item]:

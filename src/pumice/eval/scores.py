@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pumice.core.types import Prediction
-from pumice.eval.benchmark import Benchmark, Item, Row
+from pumice.eval.benchmark import UNJUDGED, Benchmark, Item, Row
 from pumice.eval.metrics import Metrics, base_rate, bootstrap, by_category, evaluate
 
 
@@ -33,6 +33,8 @@ class Scores:
     notes: tuple[str, ...] = field(default=())
     judged: bool = True
     """False: the truths are with a server, so there cannot be a score here."""
+    judge: dict[str, Any] = field(default_factory=dict)
+    """Of a benchmark that a judge scores: who it was, what it is comparable with, its runs."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Of a run: the data directory, the hash of the weights, and which items were asked how."""
 
@@ -45,6 +47,20 @@ class Scores:
     def failed(self) -> bool:
         """True when something went wrong: answers are lacking, or a score that could be is not."""
         return self.withheld and bool(self.judged or self.errors or self.missing)
+
+    @property
+    def label(self) -> str:
+        """The benchmark's name, with who judged it where the answers were judged."""
+        return f"{self.benchmark} ({self.judge['name']})" if self.judge else self.benchmark
+
+    @property
+    def caution(self) -> str:
+        """What stands beside the score: why there is none, or how little it compares with."""
+        if self.withheld:
+            return self.notes[0] if self.notes else ""
+        reach = self.judge.get("comparable", "published")
+        told = {"same judge": "comparable by the same judge only", "no other": "not comparable"}
+        return f"{self.judge['name']}: {told[reach]}" if reach in told else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, in the order of the file."""
@@ -75,28 +91,28 @@ def make_scores(
     finished: bool = True,
     origin: dict[str, Any] | None = None,
 ) -> Scores:
-    """Scores of the answered rows; a row with an error is never scored as an answer.
+    """Scores of the answered rows; a row with an error, or without a verdict, has no score.
 
     Errors, unanswered items (unless the official scorer counts them as wrong) and answers that do
     not fit the items withhold the score, unless `allow_errors`: then the rest is scored. A run that
     is not `finished` has no score: what it did not ask yet is neither wrong nor to be left out.
     """
-    answered = [row for row in rows if row.prediction.error is None]
+    answered = [row for row in rows if row.fault is None]
     errors = len(rows) - len(answered)
     missing = len(items) - len(rows)
-    scored = list(answered)
-    if benchmark.missing_is_wrong:
-        scored += _unanswered(items, rows)
+    # What a judge said and nobody can read is no score either.
+    scored = [row for row in answered if row.prediction.score is not None or not benchmark.judged]
+    judge, judge_notes = benchmark.judge_summary(rows)
     reasons = list(notes)
     if finished:
-        reasons += _reasons(benchmark, errors, missing, withheld=not allow_errors)
+        reasons += _reasons(benchmark, rows, missing, withheld=not allow_errors)
     else:
-        reasons.append(
-            f"the run has not finished: {missing} of {len(items)} items were not asked yet, so the "
-            f"score is withheld; give the same command again to go on"
-        )
+        reasons.append(_unfinished(len(items), missing, rows))
+    reasons += judge_notes
     lacking = missing and not benchmark.missing_is_wrong
-    withheld = not (answered and finished)
+    withheld = not (scored and finished)
+    if benchmark.missing_is_wrong:
+        scored += _unanswered(items, rows)
     withheld |= not allow_errors and bool(errors or lacking or flawed)
     if not benchmark.judged:
         withheld = True
@@ -117,6 +133,7 @@ def make_scores(
         by_category={} if withheld else by_category(benchmark, scored),
         notes=tuple(reasons),
         judged=benchmark.judged,
+        judge=judge,
         origin=origin or {},
     )
 
@@ -158,6 +175,8 @@ def full_protocol(
     Two scores are comparable when their fingerprints are equal.
     """
     protocol = row_protocol(benchmark, control=control, served=served)
+    if judging := benchmark.judging(items):
+        protocol |= {"judge": judging, "options": benchmark.chosen}
     protocol["items"] = len(items)
     protocol["items_hash"] = fingerprint(
         [(item.id, item.prompt, item.truth, item.image and item.image.name) for item in items]
@@ -174,7 +193,7 @@ def row_protocol(
         "benchmark": benchmark.name,
         "protocol": "paper" if benchmark.paper else "own",
         **benchmark.protocol(),
-        **({"options": benchmark.chosen} if benchmark.chosen else {}),
+        **({"options": options} if (options := benchmark.row_options) else {}),
         "max_new_tokens": benchmark.max_new_tokens,
         "temperature": 0.0,
         "control": control,
@@ -196,11 +215,32 @@ def _unanswered(items: Sequence[Item], rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _reasons(benchmark: Benchmark, errors: int, missing: int, *, withheld: bool) -> list[str]:
+def _unfinished(items: int, missing: int, rows: Sequence[Row]) -> str:
+    told = f"{missing} of {items} items were not asked yet"
+    unjudged = [row for row in rows if UNJUDGED in row.prediction.extra]
+    if unjudged and not missing:
+        told = f"{len(unjudged)} of {items} answers were not judged yet"
+    return (
+        f"the run has not finished: {told}, so the score is withheld; give the same command again "
+        f"to go on"
+    )
+
+
+def _reasons(
+    benchmark: Benchmark, rows: Sequence[Row], missing: int, *, withheld: bool
+) -> list[str]:
     end = "the score is withheld" if withheld else "they are left out of the score"
+    errors = sum(row.prediction.error is not None for row in rows)
+    unjudged = [row.prediction.extra.get(UNJUDGED) for row in rows if row.prediction.error is None]
+    unjudged = [reason for reason in unjudged if reason]
     reasons = []
     if errors:
         reasons.append(f"{errors} items ended in an error, which is not an answer; {end}")
+    if unjudged:
+        reasons.append(
+            f"{len(unjudged)} answers have no verdict (the first: {unjudged[0]}); {end}; "
+            f"the same command asks for them again"
+        )
     if missing and benchmark.missing_is_wrong:
         reasons.append(f"{missing} items have no answer and count as wrong, as officially defined")
     elif missing:

@@ -96,6 +96,10 @@ def _gqa(out: Path, told: Sequence[Told]) -> None:
     _write_json(out, rows)
 
 
+def _mmvet(out: Path, told: Sequence[Told]) -> None:
+    write_atomic(out, json.dumps({item.id: text for item, text in told}, indent=2))
+
+
 def _write_json(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write_atomic(out, json.dumps(rows))
 
@@ -127,5 +131,6 @@ SERVERS: Registry[Server] = Registry(
         "mmbench_cn": Server(".xlsx", _mmbench),
         "gqa": Server(".json", _gqa),
         "seed_bench": Server(".jsonl", _seed_bench),
+        "mmvet": Server(".json", _mmvet),
     },
 )

@@ -12,6 +12,7 @@ from typing import Any
 from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.benchmarks_choice import write_mmbench, write_seed
+from pumice.world.benchmarks_judged import write_llava_wild, write_mmvet
 from pumice.world.benchmarks_short import write_gqa, write_mme, write_textvqa, write_vizwiz
 from pumice.world.datasets import eval_name
 from pumice.world.scenes import SHAPES, Scene, render
@@ -39,6 +40,8 @@ def write_benchmarks(out: Path, scenes: list[Scene], seed: int) -> None:
     write_mme(out / "mme", scenes, seed)
     write_mmbench(out / "mmbench", scenes, seed)
     write_seed(out / "seed_bench", scenes, seed)
+    write_llava_wild(out / "llava_wild", scenes, seed)
+    write_mmvet(out / "mmvet", scenes, seed)
 
 
 def _lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,8 +4,10 @@ from pumice.core.registry import Registry
 from pumice.eval.benchmark import Benchmark
 from pumice.eval.benchmarks.detail import Detail
 from pumice.eval.benchmarks.gqa import GQA
+from pumice.eval.benchmarks.llava_wild import LlavaWild
 from pumice.eval.benchmarks.mmbench import MMBench, MMBenchCN
 from pumice.eval.benchmarks.mme import MME
+from pumice.eval.benchmarks.mmvet import MMVet
 from pumice.eval.benchmarks.pope import Pope
 from pumice.eval.benchmarks.refcoco import RefCoco
 from pumice.eval.benchmarks.scienceqa import ScienceQA
@@ -27,6 +29,8 @@ BENCHMARKS: Registry[Benchmark] = Registry(
         "mmbench": MMBench(),
         "mmbench_cn": MMBenchCN(),
         "seed_bench": SeedBench(),
+        "llava_wild": LlavaWild(),
+        "mmvet": MMVet(),
         "refcoco": RefCoco(),
         "detail": Detail(),
     },
