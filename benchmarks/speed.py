@@ -48,6 +48,7 @@ from pumice.processing.collate import Batch
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
 from pumice.processing.response_formats import SHORT
+from pumice.train.parallel import SharedModel
 from pumice.train.stages import StageSpec
 from pumice.train.trainer import Trainer
 from pumice.world.datasets import make_world
@@ -235,7 +236,8 @@ def own_trainer(bench: Bench, lmm: LMM, loader: Loader, autocast: bool) -> Train
     lmm.vision.requires_grad_(False).eval()
     lmm.connector.train()
     lmm.language.train()
-    trainer = Trainer(spec, lmm, loader, bench.folder, fingerprint="")
+    model = SharedModel(lmm)
+    trainer = Trainer(spec, model, loader, bench.folder, fingerprint="")
     trainer.autocast = autocast
     return trainer
 

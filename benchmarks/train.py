@@ -41,6 +41,7 @@ from pumice.processing.collate import Batch, collate, collate_packed
 from pumice.processing.processor import Encoded
 from pumice.train.adapters import set_trained
 from pumice.train.build import PARTS
+from pumice.train.parallel import SharedModel
 from pumice.train.stages import StageSpec
 from pumice.train.trainer import Trainer
 
@@ -269,7 +270,8 @@ def own_trainer(lmm: LMM, align: bool) -> Trainer:
         batch_size=1, warmup=0.0, schedule="constant", clip=CLIP,
     )  # fmt: skip
     # The steps are given by hand, so nothing is loaded.
-    return Trainer(spec, lmm, cast("Any", None), nowhere, fingerprint="")
+    model = SharedModel(lmm)
+    return Trainer(spec, model, cast("Any", None), nowhere, fingerprint="")
 
 
 if __name__ == "__main__":

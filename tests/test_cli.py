@@ -115,17 +115,6 @@ def test_a_wrong_input_is_one_clear_block(
     assert err.startswith("error: ") and said in err and "Traceback" not in err
 
 
-def test_only_one_process_may_train(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        code, _, err = run("run", "pocket", "--out", tmp_path / "out")
-        assert code == 2 and f"process {rank} of 2" in err and "without torchrun" in err
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("words", ["recipes", "recipes show pocket", "doctor --json"])
 def test_output_goes_through_a_pipe_that_closes(words: str) -> None:
     command = [sys.executable, "-m", "pumice", *words.split()]

@@ -30,7 +30,7 @@ from pumice.models.tiling import TilingSpec
 from pumice.processing.collate import Batch, collate, collate_packed
 from pumice.processing.processor import Processor
 from pumice.recipe.schema import Stage
-from pumice.train import trainer
+from pumice.train import parallel
 from pumice.train.stages import StageSpec, run_stage
 from pumice.world.datasets import make_world
 from stage_specs import align_spec, tune_spec
@@ -353,7 +353,7 @@ def trained(spec: StageSpec, out: Path) -> tuple[list[float], dict[str, torch.Te
 def test_a_step_is_the_same_in_whatever_pieces_it_is_computed(
     tune: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "mixed_precision_pays", lambda: False)
+    monkeypatch.setattr(parallel, "mixed_precision_pays", lambda: False)
     losses, weights = trained(tune, tmp_path / "1x4")
     pieces: dict[str, dict[str, Any]] = {
         "2x2": {"micro_batch_size": 2},

@@ -130,9 +130,10 @@ def test_a_damaged_last_state_falls_back_to_the_one_before(
         stop_after(patch, 5)
         with pytest.raises(SystemExit):
             run_stage(spec, tmp_path / "stopped")
-    states = sorted((tmp_path / "stopped" / "align.states").glob("*.pt"))
-    assert [state.name for state in states] == ["step_00000004.pt", "step_00000005.pt"]
-    states[-1].write_bytes(states[-1].read_bytes()[:-100])
+    states = sorted((tmp_path / "stopped" / "align.states").glob("step_*"))
+    assert [state.name for state in states] == ["step_00000004", "step_00000005"]
+    tensors = states[-1] / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
     resumed = run_stage(spec, tmp_path / "stopped")
     assert resumed.resumed_from == 4
     assert "damaged" in caplog.text

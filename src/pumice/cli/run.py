@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +17,8 @@ from pumice.cli.stages import first_stage_spec, stage_specs
 from pumice.cli.weights import weights_hash
 from pumice.cli.world import ensure_world
 from pumice.core.errors import PumiceError
+from pumice.core.log import LogOfProcess
+from pumice.core.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from pumice.eval.scores import Scores
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
 _FREE_KEYS = {"name", "about", "source", "published", "eval"}
+_FREE_OF_STAGE = {"watchdog_minutes"}
 # Where the data and the backbones lie may change; their content is compared by each stage.
 _FREE_PLACES = {"data": True, "model": {"vision", "language", "connector_from"}}
 
@@ -35,7 +39,8 @@ class Evaluated:
 
     scores: list[Scores]
     shuffled: list[Scores]
-    report: Path
+    report: Path | None
+    """Written by the main process; None in the others."""
 
 
 def register(app: typer.Typer) -> None:
@@ -73,43 +78,45 @@ def run(
     Its synthetic world is made first when it asks for one and the files are missing.
     DIR gets each stage's checkpoint, recipe.yaml (resolved), metrics.jsonl, scores.json and
     report.html. A stopped run goes on where it stopped. The evaluation follows the last stage;
-    exits with 1 when a score is withheld.
+    exits with 1 when a score is withheld. Started by torchrun, the processes train one model
+    together; each keeps a log in DIR/logs.
     """
+    from pumice.core.processes import joined_processes
     from pumice.recipe.load import load_recipe
 
-    check_one_process()
     loaded = load_recipe(recipe, overrides or [])
     check_choices(loaded, stage)
     cache = _feature_cache(feature_cache, feature_cache_gb)
-    going_on = resume == "auto" and check_same_recipe(loaded, out)
-    data = prepare_data(loaded, out)
-    if not going_on:
-        keep_recipe(loaded, out)
-    specs = [spec for spec in stage_specs(loaded, data, out) if stage is None or spec.name == stage]
-    results = [run_one(spec, out, resume=resume == "auto", features=cache) for spec in specs]
-    # Again: only now is it known that a run that goes on has the data and backbones it began with.
-    keep_recipe(loaded, out)
-    evaluated = None
-    if loaded.eval is not None and specs[-1].name == loaded.stage_list()[-1][0]:
-        evaluated = evaluate_run(loaded, results, data, out)
-    if as_json:
-        say_json(_summary(out, specs, results, evaluated))
-    else:
-        _tell(results, evaluated)
+    resumes = resume == "auto"
+    with (
+        joined_processes() as group,
+        LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
+    ):
+        data = group.from_main(lambda: prepare_run(loaded, out, resumes=resumes))
+        specs = [s for s in stage_specs(loaded, data, out) if stage is None or s.name == stage]
+        results = [run_one(s, out, resume=resumes, features=cache, group=group) for s in specs]
+        # Again: only now is it known that a run that goes on has the data and backbones it began
+        # with.
+        group.from_main(lambda: keep_recipe(loaded, out))
+        evaluated = None
+        if loaded.eval is not None and specs[-1].name == loaded.stage_list()[-1][0]:
+            evaluated = evaluate_run(loaded, results, data, out)
+    if group.is_main:
+        if as_json:
+            say_json(_summary(out, specs, results, evaluated))
+        else:
+            _tell(results, evaluated)
     if evaluated is not None and any(scores.failed for scores in evaluated.scores):
         raise typer.Exit(1)
 
 
-def check_one_process() -> None:
-    """Training is done by one process; several would write over each other's files."""
-    from pumice.core.distributed import rank, world_size
-
-    if world_size() > 1:
-        raise PumiceError(
-            f"`pumice run` was started as process {rank()} of {world_size()} (WORLD_SIZE is "
-            f"{world_size()}), but training uses one process: several would write over each "
-            "other's files. Start it without torchrun (or unset WORLD_SIZE), one process a run."
-        )
+def prepare_run(recipe: Recipe, out: Path, *, resumes: bool) -> Path:
+    """Makes or finds what the stages read, and writes recipe.yaml; gives the data directory."""
+    going_on = resumes and check_same_recipe(recipe, out)
+    data = prepare_data(recipe, out)
+    if not going_on:
+        keep_recipe(recipe, out)
+    return data
 
 
 def check_choices(recipe: Recipe, stage: str | None) -> None:
@@ -141,7 +148,8 @@ def check_same_recipe(recipe: Recipe, out: Path) -> bool:
     path = out / "recipe.yaml"
     if not path.is_file():
         return False
-    free: Any = dict.fromkeys(_FREE_KEYS, True) | _FREE_PLACES
+    stages = dict.fromkeys(dict(recipe.stage_list()), _FREE_OF_STAGE)
+    free: Any = dict.fromkeys(_FREE_KEYS, True) | _FREE_PLACES | {"stages": stages}
     there = load_recipe(str(path)).model_dump(exclude=free)
     changed = _differences(there, recipe.model_dump(exclude=free))
     if changed:
@@ -194,7 +202,12 @@ def _feature_cache(directory: Path | None, gigabytes: float | None) -> FeatureCa
 
 
 def run_one(
-    spec: StageSpec, out: Path, *, resume: bool, features: FeatureCache | None = None
+    spec: StageSpec,
+    out: Path,
+    *,
+    resume: bool,
+    features: FeatureCache | None = None,
+    group: Processes = ALONE,
 ) -> StageResult:
     """One stage; its starting checkpoint must be there."""
     from pumice.train.stages import run_stage
@@ -204,7 +217,7 @@ def run_one(
             f"stage {spec.name!r} starts from {spec.init}, which does not exist. Run the stage "
             f"{spec.init.name!r} first, or leave --stage out to run all stages."
         )
-    return run_stage(spec, out, resume=resume, features=features)
+    return run_stage(spec, out, resume=resume, features=features, group=group)
 
 
 def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Path) -> Evaluated:
@@ -215,6 +228,7 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
     from pumice.cli.run_report import report_run
     from pumice.core.files import write_json
     from pumice.eval.choose import choose_benchmarks
+    from pumice.eval.ranks import Ranks, joined
     from pumice.eval.runner import run_benchmark
     from pumice.infer.model import load
 
@@ -227,7 +241,7 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
     weights = weights_hash(str(checkpoint))
     eval_data = data if chosen.data is None else Path(chosen.data).expanduser()
 
-    def scored(control: str | None) -> list[Scores]:
+    def scored(control: str | None, ranks: Ranks) -> list[Scores]:
         return [
             run_benchmark(
                 model.generate,
@@ -240,11 +254,15 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
                 limit=chosen.limit,
                 control=control,
                 seed=recipe.seed,
+                ranks=ranks,
             )
             for benchmark in choose_benchmarks(chosen.benchmarks, chosen.option_list())
         ]
 
-    scores, shuffled = scored(None), scored("shuffled")
+    with joined() as ranks:
+        scores, shuffled = scored(None, ranks), scored("shuffled", ranks)
+    if not ranks.is_main:
+        return Evaluated(scores, shuffled, None)
     write_json(out / "scores.json", _score_columns(scores, shuffled))
     seconds = time.monotonic() - start
     report = report_run(recipe, results, scores, shuffled, data=eval_data, out=out, seconds=seconds)

@@ -90,6 +90,7 @@ def _stage_spec(
         packing=None if stage.packing is None else Packing(**stage.packing.model_dump()),
         micro_batch_size=stage.micro_batch_size,
         seed=recipe.seed,
+        watchdog_minutes=stage.watchdog_minutes,
     )
 
 

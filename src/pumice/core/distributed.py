@@ -22,6 +22,11 @@ def world_size() -> int:
     return _whole_number("WORLD_SIZE", default=1)
 
 
+def local_world_size() -> int:
+    """How many of them are on this machine; where nobody says so, all."""
+    return _whole_number("LOCAL_WORLD_SIZE", default=world_size())
+
+
 def is_main() -> bool:
     """True in the one process that writes files and talks to people."""
     return rank() == 0

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
+from types import TracebackType
+
+from pumice.core.distributed import is_main, rank
 
 ROOT = "pumice"
 
@@ -18,7 +22,8 @@ def setup_logging(verbosity: int = 0) -> None:
 
     Only the command line calls this; a program that imports pumice keeps its own logging.
     """
-    level = logging.WARNING if verbosity < 0 else logging.INFO
+    # Of several processes the main one tells how it goes; what is wrong, each says itself.
+    level = logging.WARNING if verbosity < 0 or not is_main() else logging.INFO
     logger = logging.getLogger(ROOT)
     logger.setLevel(logging.DEBUG if verbosity > 0 else level)
     # A second call replaces the first one's handler, so that no line appears twice.
@@ -26,7 +31,41 @@ def setup_logging(verbosity: int = 0) -> None:
         logger.removeHandler(old)
     handler = _terminal_handler() if sys.stderr.isatty() else _plain_handler()
     handler.set_name(ROOT)
+    handler.setLevel(logging.DEBUG if verbosity > 0 else level)
     logger.addHandler(handler)
+
+
+class LogOfProcess:
+    """While it is open, the log of this process also goes to `folder/rank-K.log`, with times.
+
+    An exception that ends the block is written there too, before it goes on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(folder / f"rank-{rank()}.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._logger = logging.getLogger(ROOT)
+        self._level = self._logger.level
+
+    def __enter__(self) -> LogOfProcess:
+        self._logger.setLevel(min(self._level or logging.INFO, logging.INFO))
+        self._logger.addHandler(self._handler)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and error is not None:
+            text, found = "the process ends by an exception", (kind, error, trace)
+            record = self._logger.makeRecord(ROOT, logging.ERROR, __file__, 0, text, (), found)
+            self._handler.handle(record)
+        self._logger.removeHandler(self._handler)
+        self._handler.close()
+        self._logger.setLevel(self._level)
 
 
 def _plain_handler() -> logging.Handler:

@@ -23,6 +23,8 @@ from pumice.data.mixture import Mixture, shuffled
 from pumice.data.packing import Packing, pack_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from pumice.processing.collate import Batch
     from pumice.processing.processor import Encoded
 
@@ -123,6 +125,12 @@ class Loader:
     def micro_batches_at(self, step: int) -> list[Batch]:
         """The batches of a step for this process; every process has as many."""
         return self._make(self.rows_at(step))
+
+    def pixels_at(self, step: int) -> torch.Tensor:
+        """float[N, 3, S, S]: the views of a step of all processes, in the order of its rows."""
+        import torch
+
+        return torch.cat([self._encode(*row).pixel_values for row in self.rows_at(step)])
 
     def iterate(self, start_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """The micro-batches of each of `num_steps` steps, prepared ahead by threads.

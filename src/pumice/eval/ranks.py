@@ -11,18 +11,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from types import FrameType
 
-from pumice.core.distributed import rank, world_size
 from pumice.core.errors import PumiceError
 from pumice.core.log import get_logger
+from pumice.core.processes import joined_processes
 from pumice.eval.benchmark import Item
 
 log = get_logger(__name__)
-
-# Shares differ in length; a process that has died is noticed at once and not by waiting.
-_PATIENCE = timedelta(days=7)
 
 
 @dataclass(slots=True)
@@ -96,20 +92,17 @@ def neighbours(items: Sequence[Item]) -> list[Item]:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes torchrun has started, connected while the block runs; or this one alone."""
-    if world_size() == 1:
-        yield Ranks()
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    # When one process dies, torchrun ends the others with this signal. The block then ends as by
-    # an exception, so that the main process still merges what was answered.
-    former = signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield Ranks(rank(), world_size())
-    finally:
-        signal.signal(signal.SIGTERM, former)
-        dist.destroy_process_group()
+    with joined_processes() as group:
+        if group.size == 1:
+            yield Ranks()
+            return
+        # When one process dies, torchrun ends the others with this signal. The block then ends as
+        # by an exception, so that the main process still merges what was answered.
+        former = signal.signal(signal.SIGTERM, _leave)
+        try:
+            yield Ranks(group.rank, group.size)
+        finally:
+            signal.signal(signal.SIGTERM, former)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

@@ -140,7 +140,7 @@ class LanguageModel(nn.Module):
     ) -> torch.Tensor:
         """float[B, T, D], long[K], bool[B, T] with K True -> float[], the summed cross entropy."""
         places: dict[str, Any] = {"position_ids": position_ids, "documents": documents}
-        if len(targets) * self.vocab_size <= PIECE or not self._has_plain_head():
+        if len(targets) * self.vocab_size <= PIECE or not self.has_plain_head():
             logits = self(inputs_embeds, keep=keep, **places)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
         output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -159,7 +159,8 @@ class LanguageModel(nn.Module):
             for module, mode in modes.items():
                 module.training = mode
 
-    def _has_plain_head(self) -> bool:
+    def has_plain_head(self) -> bool:
+        """Whether the loss may be computed a piece at a time; tried on the model the first time."""
         if self._plain_head is None:
             self._plain_head = has_plain_head(self)
         return self._plain_head

@@ -84,6 +84,9 @@ class LMM(nn.Module):
             # LLaVA-NeXT's image_newline, and its start (llava_arch.py: randn / sqrt(D)).
             width = language.hidden_size
             self.row_end = nn.Parameter(torch.randn(width) / width**0.5)
+        # Whether text alone still goes by way of a blank view that adds nothing: processes that
+        # train together must all take part in the exchange of every weight and gradient.
+        self.always_looks = False
 
     @classmethod
     def from_backbones(
@@ -295,6 +298,8 @@ class LMM(nn.Module):
             features = self.encode_images(pixel_values, image_sizes, instruction)
         with self.looking_at(self.media(input_ids, features, position_ids, documents)):
             embeds = self.embed(input_ids, features)
+            if self.always_looks and features is None:
+                embeds = embeds + 0.0 * self._blank_features().sum()
             if targets is not None:
                 assert keep is not None
                 return self.language.loss(embeds, targets, keep, position_ids, documents)
@@ -347,18 +352,26 @@ class LMM(nn.Module):
                 f"connector {self.connector_name!r} has no linear layer to scale; start it without "
                 f"matching the scale."
             )
-        asked = None
-        if self.connector.wants_instruction:
-            nothing = torch.zeros(
-                len(pixel_values), 0, dtype=torch.long, device=pixel_values.device
-            )
-            asked = Instruction(nothing, nothing.bool())
+        asked = self._no_instruction(pixel_values)
         norm = self._encode_views(pixel_values, None, asked).float().norm(dim=-1).mean()
         factor = float(self.language.token_embeddings.float().norm(dim=-1).mean() / norm)
         linears[-1].weight.mul_(factor)
         if linears[-1].bias is not None:
             linears[-1].bias.mul_(factor)
         return factor
+
+    def _blank_features(self) -> torch.Tensor:
+        """float[1, Q, D] of a view without a picture, with the row end where there is one."""
+        side = self.vision.image_size
+        blank = torch.zeros(1, 3, side, side, device=self.device)
+        features = self._encode_views(blank, None, self._no_instruction(blank))
+        return features if self.row_end is None else features + self.row_end
+
+    def _no_instruction(self, pixel_values: torch.Tensor) -> Instruction | None:
+        if not self.connector.wants_instruction:
+            return None
+        nothing = torch.zeros(len(pixel_values), 0, dtype=torch.long, device=pixel_values.device)
+        return Instruction(nothing, nothing.bool())
 
 
 def _supervised(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:

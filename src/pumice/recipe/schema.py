@@ -129,6 +129,8 @@ class Stage(Section):
     packing: Packing | None = None
     micro_batch_size: PositiveInt | None = None
     """So many conversations of a step are computed at a time; null for all of them."""
+    watchdog_minutes: PositiveFloat | None = 30.0
+    """A step that takes longer ends the run and names its samples; null waits for ever."""
 
     @field_validator("train", mode="before")
     @classmethod

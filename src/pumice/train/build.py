@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import sha256_bytes
+from pumice.core.processes import ALONE, Processes
 from pumice.train.adapters import set_trained
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def _instruction_reader(
     return instruction_tokenizer(spec.connector_from)
 
 
-def build_loader(spec: StageSpec, processor: Processor) -> Loader:
-    """The batches of the stage."""
+def build_loader(spec: StageSpec, processor: Processor, group: Processes = ALONE) -> Loader:
+    """The batches of the stage; of several processes each gets its share of every step."""
     from pumice.data.lengths import RowSizes
     from pumice.data.loader import Loader
     from pumice.data.mixture import Mixture, Part
@@ -171,16 +172,15 @@ def build_loader(spec: StageSpec, processor: Processor) -> Loader:
         sizes=None if spec.packing is None else RowSizes(
             mixture, processor, [asdict(entry) for entry in spec.data]
         ),
+        rank=group.rank, world_size=group.size,
     )  # fmt: skip
 
 
 def match_connector_scale(lmm: LMM, loader: Loader) -> None:
     """Scale a new connector by the first step that has an image (text-only data has none)."""
-    import torch
-
     for step in range(loader.steps_per_epoch):
         # All of a step, so that nothing depends on the pieces in which it is computed.
-        pixels = torch.cat([batch.pixel_values for batch in loader.micro_batches_at(step)])
+        pixels = loader.pixels_at(step)
         if len(pixels):
             lmm.match_connector_scale(pixels.to(lmm.device))
             return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import read_json
+from pumice.core.processes import ALONE, Processes
 from pumice.train.adapters import (
     LoraTraining,
     adapter_files,
@@ -110,6 +111,7 @@ class StageSpec:
     seed: int = 0
     workers: int = 1
     save_every: int = 500
+    watchdog_minutes: float | None = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,28 +128,35 @@ class StageResult:
 
 
 def run_stage(
-    spec: StageSpec, out: Path, *, resume: bool = True, features: FeatureCache | None = None
+    spec: StageSpec,
+    out: Path,
+    *,
+    resume: bool = True,
+    features: FeatureCache | None = None,
+    group: Processes = ALONE,
 ) -> StageResult:
     """Train one stage into `out/<name>` and give its checkpoint there.
 
     A finished stage with the same spec is not run again; a stopped one goes on where it stopped
     (`resume=False` starts over). What a frozen vision backbone gives is kept in `features`; that
-    changes the time a stage takes, and nothing else.
+    changes the time a stage takes, and nothing else. Several processes call it together, and the
+    main one writes the files.
     """
     checkpoint = out / spec.name
-    fingerprint = spec_fingerprint(spec)
-    done = _finished(checkpoint, fingerprint) if resume else None
+    fingerprint, done = group.from_main(lambda: _known(spec, checkpoint, resume=resume))
     if done:
         log.info("stage %s is complete in %s", spec.name, checkpoint)
         return done
     from pumice.models.packed_attention import attend_to_documents
+    from pumice.train.parallel import SharedModel
     from pumice.train.trainer import Trainer
 
     check_adapters(spec)
     seed_everything(spec)
     lmm, new_output = build_model(spec)
     processor = build_processor(spec, lmm)
-    loader = build_loader(spec, processor)
+    with group.main_first():
+        loader = build_loader(spec, processor, group)
     if new_output:
         match_connector_scale(lmm, loader)
     if spec.lora is not None:
@@ -155,16 +164,39 @@ def run_stage(
     set_trainable(lmm, spec)
     if spec.packing is not None:
         attend_to_documents(lmm.language)
+    before = weight_hashes(lmm, PARTS) if group.is_main else {}
+    model = SharedModel(lmm, group)
     if "vision" not in spec.train:
         lmm.vision.use_cache(features)
-    before = weight_hashes(lmm, PARTS)
-    trainer = Trainer(spec, lmm, loader, out, fingerprint=fingerprint)
+    trainer = Trainer(spec, model, loader, out, fingerprint=fingerprint)
     start = time.monotonic()
     report = trainer.run(resume=resume)
+    trained = model.whole()
+
+    def finish() -> StageResult:
+        assert trained is not None
+        result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - start, **report)
+        _finish(spec, out, trained, before, result, fingerprint, processor, loader)
+        return result
+
+    result = group.from_main(finish)
+    trainer.discard_states()
+    return result
+
+
+def _finish(
+    spec: StageSpec,
+    out: Path,
+    lmm: LMM,
+    before: dict[str, str],
+    result: StageResult,
+    fingerprint: str,
+    processor: Processor,
+    loader: Loader,
+) -> None:
+    """Check what moved, and write the checkpoint with the record of how it was made."""
     after = weight_hashes(lmm, PARTS)
     _check_moved(spec, before, after)
-    result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - start, **report)
-    final = processor.with_template(spec.final_template, spec.final_system)
     training = {
         "stage": spec.name,
         "spec": spec_record(spec, out),
@@ -174,9 +206,8 @@ def run_stage(
                   for n in before},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
     }  # fmt: skip
-    _save(checkpoint, lmm, spec, final, training, loader)
-    trainer.discard_states()
-    return result
+    final = processor.with_template(spec.final_template, spec.final_system)
+    _save(result.checkpoint, lmm, spec, final, training, loader)
 
 
 def _save(
@@ -204,6 +235,12 @@ def _save(
             write(folder)
 
         save_checkpoint(checkpoint, lmm, save, training, without="language.")
+
+
+def _known(spec: StageSpec, checkpoint: Path, *, resume: bool) -> tuple[str, StageResult | None]:
+    """The fingerprint of a stage, and its result if it is finished and not to be run again."""
+    fingerprint = spec_fingerprint(spec)
+    return fingerprint, _finished(checkpoint, fingerprint) if resume else None
 
 
 def _finished(checkpoint: Path, fingerprint: str) -> StageResult | None:

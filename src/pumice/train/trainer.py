@@ -1,18 +1,18 @@
 """The training loop: batches in, weights moved, metrics and states written.
 
 One loss rule: the sum of the cross entropy over the supervised tokens of a step, divided by their
-number, however many micro-batches it is computed in.
+number, however many micro-batches and processes it is computed in.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,39 +24,34 @@ from pumice.core.files import JsonlWriter, write_json
 from pumice.core.progress import Progress, progress
 from pumice.train.metrics import keep_until, peak_memory_bytes
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
-from pumice.train.state import load_state, save_state
+from pumice.train.parallel import SharedModel, whole_tensor
+from pumice.train.state import States
+from pumice.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pumice.data.loader import Loader
-    from pumice.models.lmm import LMM
     from pumice.processing.collate import Batch
     from pumice.train.stages import StageSpec
 
 log = logging.getLogger(__name__)
 
 
-def mixed_precision_pays() -> bool:
-    """True where bfloat16 is native: the GPU, or a CPU with AVX512-BF16. Elsewhere it is slower."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 class Trainer:
-    """Runs the steps of one stage."""
+    """Runs the steps of one stage, in each of the processes that share it."""
 
     def __init__(
-        self, spec: StageSpec, lmm: LMM, loader: Loader, out: Path, *, fingerprint: str
+        self, spec: StageSpec, model: SharedModel, loader: Loader, out: Path, *, fingerprint: str
     ) -> None:
-        self.spec, self.lmm, self.loader, self.out = spec, lmm, loader, out
-        self.fingerprint = fingerprint
-        self.device = lmm.device
-        self.states = out / f"{spec.name}.states"
+        self.spec, self.lmm, self.loader, self.out = spec, model.lmm, loader, out
+        self.group = model.group
+        self.device = self.lmm.device
         self.total = spec.steps or math.ceil((spec.epochs or 1) * loader.steps_per_epoch)
-        self.trained = [p for p in lmm.parameters() if p.requires_grad]
-        parts = {name: lmm.part(name) for name in spec.train}
+        self.trained = [p for p in self.lmm.parameters() if p.requires_grad]
+        parts = {name: self.lmm.part(name) for name in spec.train}
         self.optimizer = build_optimizer(parts, spec.train, spec.weight_decay)
-        self.autocast = mixed_precision_pays()
+        folder = out / f"{spec.name}.states"
+        self.states = States(folder, self.lmm, self.optimizer, fingerprint, self.group)
+        self.autocast = model.half
         self.supervised = 0
         self.losses: list[float] = []
         self._stop = False
@@ -64,20 +59,23 @@ class Trainer:
     def run(self, *, resume: bool) -> dict[str, Any]:
         """All steps that are left; gives the figures of `StageResult`."""
         if not resume:
-            shutil.rmtree(self.states, ignore_errors=True)
-        start = load_state(self.states, self.lmm, self.optimizer, self.fingerprint)
+            self.states.discard()
+        start = self.states.load()
         if start:
             log.info("stage %s goes on after step %d", self.spec.name, start)
         metrics = self.out / "metrics.jsonl"
-        keep_until(metrics, self.spec.name, start)
+        if self.group.is_main:
+            keep_until(metrics, self.spec.name, start)
         previous = _on_sigterm(self._ask_to_stop)
         try:
             with (
-                JsonlWriter(metrics) as writer,
+                self.group.others_there(),
+                JsonlWriter(metrics) if self.group.is_main else nullcontext() as writer,
                 progress(self.total - start, self.spec.name) as bar,
             ):
                 self._steps(start, writer, bar)
         finally:
+            self.states.close()
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
         last = self.losses[-50:]
@@ -91,72 +89,111 @@ class Trainer:
 
     def discard_states(self) -> None:
         """After the checkpoint is safe, the states have done their work."""
-        shutil.rmtree(self.states, ignore_errors=True)
+        self.states.discard()
 
-    def _steps(self, start: int, writer: JsonlWriter, bar: Progress) -> None:
-        steps = self.loader.iterate(start, self.total - start)
-        clock = time.monotonic()
-        for step, batches in enumerate(steps, start=start):
-            waited = time.monotonic() - clock
-            row = self._step(step, batches)
-            now = time.monotonic()
-            row |= {"seconds": round(now - clock, 4), "data_seconds": round(waited, 4)}
-            clock = now
-            writer.write(row)
-            bar.update(1, loss=row["loss"])
-            done = step + 1
-            if self._stop or (done % self.spec.save_every == 0 and done < self.total):
-                save_state(self.states, self.lmm, self.optimizer, done, self.fingerprint)
-            if self._stop:
-                raise SystemExit(
-                    f"stopped after step {done} of stage {self.spec.name}; its state is saved in "
-                    f"{self.states}: give the same command again to go on"
-                )
+    def _steps(self, start: int, writer: JsonlWriter | None, bar: Progress) -> None:
+        steps = iter(self.loader.iterate(start, self.total - start))
+        record = self.out / f"{self.spec.name}.stuck.rank-{self.group.rank}.json"
+        with Watchdog(
+            self.spec.watchdog_minutes, self.spec.name, self.group.rank, record
+        ) as watchdog:
+            clock = time.monotonic()
+            for step in range(start, self.total):
+                watchdog.at(step, "reading data", self._rows_of(step))
+                batches = next(steps)
+                waited = time.monotonic() - clock
+                watchdog.at(step, "computing, or waiting for another process", _ids_of(batches))
+                row = self._step(step, batches)
+                now = time.monotonic()
+                row |= {"seconds": round(now - clock, 4), "data_seconds": round(waited, 4)}
+                clock = now
+                if writer is not None:
+                    writer.write(row)
+                bar.update(1, loss=row["loss"])
+                self._keep(step + 1)
+
+    def _keep(self, done: int) -> None:
+        """Saves what must be saved after so many steps, and stops where a process was asked to."""
+        # All decide alike, whatever happened to each of them in the meantime.
+        stop, settled = self.group.sum(self._stop, self.states.settled)
+        if settled == self.group.size:
+            self.states.finish()
+        if stop or (done % self.spec.save_every == 0 and done < self.total):
+            self.states.save(done)
+        if stop:
+            self.states.finish()
+            told = (
+                f"stopped after step {done} of stage {self.spec.name}; its state is saved in "
+                f"{self.states.folder}: give the same command again to go on"
+            )
+            raise SystemExit(told if self.group.is_main else 1)
 
     def _step(self, step: int, batches: Sequence[Batch]) -> dict[str, Any]:
         """One optimizer step over its micro-batches; gives the row for metrics.jsonl."""
         factor = learning_rate_factor(step, self.total, self.spec.warmup, self.spec.schedule)
         rates = set_learning_rates(self.optimizer, factor)
-        count = sum(batch.num_supervised for batch in batches)
-        value = sum(self._backward(batch.to(self.device), count) for batch in batches)
-        clip = math.inf if self.spec.clip is None else self.spec.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, clip)
-        size = float(norm)
+        (count,) = self.group.sum(sum(batch.num_supervised for batch in batches))
+        own = sum(self._backward(batch.to(self.device), count) for batch in batches)
+        read = sum(int(batch.lengths.sum()) for batch in batches)
+        value, tokens = self.group.sum(own, read)
+        size = self._clip()
         if not (math.isfinite(value) and math.isfinite(size)):
             raise self._not_finite(step, batches, value, size)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.supervised += count
+        self.supervised += int(count)
         self.losses.append(value)
         return {
             "stage": self.spec.name, "step": step + 1, "loss": value, "grad_norm": size,
-            "lr": rates, "tokens": sum(int(batch.lengths.sum()) for batch in batches),
-            "supervised": count,
+            "lr": rates, "tokens": int(tokens), "supervised": int(count),
         }  # fmt: skip
 
-    def _backward(self, batch: Batch, count: int) -> float:
+    def _backward(self, batch: Batch, count: float) -> float:
         """Adds a micro-batch's part of the gradient of a step of `count` supervised tokens."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             loss_sum, _ = self.lmm.loss(batch)
         loss = loss_sum / count
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Text alone does not depend on a connector, if nothing else learns.
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _clip(self) -> float:
+        """Clips the gradients, of all processes together; gives their norm before that."""
+        for parameter in self.trained:
+            if parameter.grad is None:
+                # What a step does not depend on has the gradient zero, in however many pieces the
+                # step was computed; the optimizer would pass None over.
+                parameter.grad = torch.zeros_like(parameter)
+        clip = math.inf if self.spec.clip is None else self.spec.clip
+        return float(whole_tensor(torch.nn.utils.clip_grad_norm_(self.trained, clip)))
 
     def _not_finite(
         self, step: int, batches: Sequence[Batch], loss: float, norm: float
     ) -> PumiceError:
         path = self.out / f"{self.spec.name}.not_finite.json"
-        names = [name for batch in batches for name in batch.sample_ids]
-        write_json(path, {"step": step + 1, "loss": str(loss), "gradient_norm": str(norm),
-                          "samples": names})  # fmt: skip
+        names = [name for own in self.group.gather(_ids_of(batches)()) for name in own]
+        if self.group.is_main:
+            write_json(path, {"step": step + 1, "loss": str(loss), "gradient_norm": str(norm),
+                              "samples": names})  # fmt: skip
         return PumiceError(
             f"stage {self.spec.name!r} stopped at step {step + 1}: loss {loss}, gradient norm "
             f"{norm}; both must be finite. The samples of this step are listed in {path}; look at "
             "them, or lower the learning rate."
         )
 
+    def _rows_of(self, step: int) -> Callable[[], list[str]]:
+        """Names the rows of a step that are still being read, by file and number."""
+        sources = [entry.path.name for entry in self.spec.data]
+        rows = self.loader.rows_at
+        return lambda: [f"{sources[source]} row {row}" for source, row in rows(step)]
+
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
+
+
+def _ids_of(batches: Sequence[Batch]) -> Callable[[], list[str]]:
+    return lambda: [name for batch in batches for name in batch.sample_ids]
 
 
 def _on_sigterm(handler: Any) -> Any:
