@@ -6,6 +6,7 @@ The last process ends without a word after DIE_AFTER answers.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ class Dying(Scripted):
         try:
             return super().__call__(requests, on_result)
         except KeyboardInterrupt:
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise
 
 
 def main(data: Path, out: Path, die_after: int = -1) -> None:

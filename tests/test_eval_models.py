@@ -1,16 +1,22 @@
-"""`pumice eval` of what people have: a transformers folder, and an adapter over its base."""
+"""`pumice eval` of what people have: folders of transformers, and an adapter over its base."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+
+from test_convert_next import folder as llava_next  # noqa: F401 - a fixture
+from test_instructblip import theirs as instructblip  # noqa: F401 - a fixture
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def texts_of(run: Run, model: Path, world: Path, out: Path, *more: str) -> list[str]:
-    args = ("eval", model, "--bench", "pope", "--limit", 12, "--data", world, "--out", out)
+def texts_of(
+    run: Run, model: Path, world: Path, out: Path, *more: str, limit: int = 12
+) -> list[str]:
+    args = ("eval", model, "--bench", "pope", "--limit", limit, "--data", world, "--out", out)
     code, _, err = run(*args, *more)
     assert code == 0, err
     rows = (out / "pope" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -26,6 +32,21 @@ def test_a_transformers_folder_answers_as_the_model_it_was_made_from(
     assert (tmp_path / "b" / "report.html").is_file()
     code, out, _ = run("eval", "--compare", tmp_path / "a", tmp_path / "b", "--json")
     assert code == 0 and json.loads(out)["benchmarks"]["pope"]["same_text"] == 12
+
+
+def test_folders_of_next_and_instructblip_answer_as_what_they_convert_to(
+    llava_next: Path,  # noqa: F811
+    instructblip: SimpleNamespace,  # noqa: F811
+    world: Path,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    for name, folder in (("next", llava_next), ("blip", instructblip.folder)):
+        own = tmp_path / f"{name}-own"
+        assert run("convert", folder, own, "--to", "pumice")[0] == 0
+        texts = texts_of(run, folder, world, tmp_path / name, limit=4)
+        assert len(texts) == 4 and any(texts)
+        assert texts_of(run, own, world, tmp_path / f"{name}-eval", limit=4) == texts
 
 
 def test_an_adapter_is_evaluated_over_its_base(

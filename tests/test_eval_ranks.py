@@ -57,7 +57,7 @@ def test_a_process_that_dies_leaves_a_missing_count(tmp_path: Path) -> None:
     data = tmp_path / "data"
     items = vqa.load(vqa_files(data))
     codes = ask_together(2, data, tmp_path / "two", 2)
-    assert codes == [0, 9]
+    assert codes == [0, -9]
     cut = scores_in(tmp_path / "two")
     # VQAv2 counts what was not answered as wrong; what was not asked is neither.
     assert cut["metrics"] is None and (cut["n"], cut["missing"]) == (12, 4)

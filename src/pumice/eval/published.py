@@ -82,10 +82,10 @@ def published_section(scores: Sequence[Scores]) -> str:
     lines = "\n".join(_line(own, names) for own in told)
     return (
         '<section>\n<h2>Beside published models</h2>\n<p class="lead">'
-        f"{escape(SOURCE)}; official splits. A score of other questions, or by another judge, is no "
-        "rank among them: where these differ, the line says so and the mark is hollow, and equal "
-        "numbers of questions alone do not make files the same. Every plot has an axis of its own; the bar is "
-        f'the 95 % interval.</p>\n<div class="plots">\n{plots}\n</div>\n'
+        f"{escape(SOURCE)}; official splits. A score of other questions, or by another judge, is "
+        "no rank among them: where these differ, the line says so and the mark is hollow, and "
+        "equal numbers of questions alone do not make files the same. Every plot has an axis of "
+        f'its own; the bar is the 95 % interval.</p>\n<div class="plots">\n{plots}\n</div>\n'
         "<details><summary>The numbers</summary>"
         f'<div class="scroll"><table class="published"><thead><tr>{head}</tr></thead><tbody>\n'
         f"{lines}\n</tbody></table></div></details>\n</section>"
