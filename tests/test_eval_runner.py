@@ -144,6 +144,14 @@ def test_an_unknown_benchmark_is_answered_with_the_nearest() -> None:
         BENCHMARKS["popee"]
 
 
+@pytest.mark.parametrize("content", ['"yes"', "3"])
+def test_what_is_no_answers_file_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "answers.json").write_text(content)
+    vqa_files(tmp_path)
+    with pytest.raises(DataError, match="this file holds a single"):
+        rescore(BENCHMARKS["vqav2"], tmp_path, tmp_path / "answers.json")
+
+
 def test_answers_of_another_benchmark_are_refused(tmp_path: Path) -> None:
     answers = dump_lines(tmp_path / "a.jsonl", [{"question_id": "x", "text": "yes"}])
     with pytest.raises(DataError, match="none of its ids"):

@@ -81,6 +81,23 @@ def test_mmbench_writes_the_sheet_which_score_reads_again(tmp_path: Path) -> Non
     assert {answer.id: answer.text for answer in read_answers(out)} == said
 
 
+def test_a_sheet_holds_answers_letter_by_letter(tmp_path: Path) -> None:
+    mmbench_files(tmp_path)
+    said = ["=A", "+1", "'B", "A\nB\tC", "\U0001f600", "007"]
+    rows: list[dict[str, object]] = [
+        {"question_id": int(row["index"]), "text": text}
+        for row, text in zip(mmbench_rows(), said, strict=True)
+    ]
+    answers = dump_lines(tmp_path / "answers.jsonl", rows)
+    sheet = tmp_path / "upload.xlsx"
+    write_submission(choose_benchmark("mmbench"), tmp_path, answers, sheet)
+    assert [answer.text for answer in read_answers(sheet)] == said
+    rows[2]["text"] = "A\x01"
+    dump_lines(answers, rows)
+    with pytest.raises(DataError, match=r"upload\.xlsx, row 4: .*control character"):
+        write_submission(choose_benchmark("mmbench"), tmp_path, answers, sheet)
+
+
 @pytest.mark.parametrize(
     ("name", "files", "rows", "written"),
     [

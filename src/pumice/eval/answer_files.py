@@ -47,6 +47,11 @@ def _json_answers(path: Path) -> list[Answer]:
         ]
     if isinstance(document, list):
         return [_answer(row, f"{path}, row {number}") for number, row in enumerate(document, 1)]
+    if not isinstance(document, dict):
+        raise DataError(
+            f"{path}: answers are rows, a list of them, or an object {{id: text}}; this file holds "
+            f"a single {type(document).__name__}. Give an answers file."
+        )
     if "outputs" in document:
         document = document["outputs"]
     elif {"correct", "incorrect"} <= document.keys():

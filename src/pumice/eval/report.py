@@ -30,8 +30,6 @@ PICTURE_SIZE = 520
 SMALL_PICTURE = 128
 # Longer answers are sentences and are not set in bold.
 LONG_ANSWER = 40
-# What is not in percent: MME counts up to 200 points for each of perception's ten kinds.
-_FULL = {"mme": 2000.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +49,6 @@ class ScoreRow:
     unparsed: int = 0
     errors: int = 0
     missing: int = 0
-    full: float = 100.0
     note: str = ""
     most: float = 100.0
 
@@ -125,7 +122,6 @@ def score_row(
         unparsed=scores.unparsed,
         errors=scores.errors,
         missing=scores.missing,
-        full=_FULL.get(scores.benchmark, 100.0),
         note=scores.caution,
         most=most,
     )

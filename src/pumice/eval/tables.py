@@ -56,15 +56,40 @@ def read_sheet(path: Path) -> Iterator[Cells]:
 
 
 def write_sheet(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """An Excel file with one sheet: the names of the columns, then the rows."""
+    """An Excel file with one sheet: the names of the columns, then the rows; texts stay texts.
+
+    Raises DataError for a text with a control character, which such a file cannot hold.
+    """
     book = _openpyxl().Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
-    sheet.append(list(names))
-    for row in rows:
-        sheet.append(list(row))
+    # All of them before the first is written: a sheet that was begun cannot be left.
+    cells = [
+        [_cell(sheet, value, f"{path}, row {number}") for value in row]
+        for number, row in enumerate(rows, start=2)
+    ]
+    for row in [list(names), *cells]:
+        sheet.append(row)
     buffer = io.BytesIO()
     book.save(buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def _cell(sheet: Any, value: object, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.utils.exceptions import IllegalCharacterError
+
+    try:
+        cell = WriteOnlyCell(sheet, value)
+    except IllegalCharacterError as error:
+        raise DataError(
+            f"{where}: the text {value!r:.80} holds a control character, which an Excel file "
+            f"cannot. Correct it in the answers."
+        ) from error
+    # Or an answer such as "=A" would become a formula.
+    cell.data_type = "s"
+    return cell
 
 
 def _text(cell: object) -> str | None:

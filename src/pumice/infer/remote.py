@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import PIL.Image
 
-from pumice.core.errors import DataError, PumiceError
+from pumice.core.errors import DataError, PumiceError, some_of
 from pumice.core.images import open_image
 from pumice.core.llm_client import LLMClient
 from pumice.core.llm_types import ChatRequest, Failure, Reply, chat_messages
@@ -54,7 +54,7 @@ class RemoteModel:
         failure = reply.failure
         if failure is not None and not _says_nothing(reply):
             self._count(failure)
-            return Result(id=request.id, error=f"{self.client.url}: {failure.reason}")
+            return Result(id=request.id, error=f"the endpoint: {failure.reason}")
         self._count(None)
         return Result(
             id=request.id,
@@ -135,11 +135,11 @@ def choose_model(client: LLMClient, name: str | None) -> str:
     served = client.models()
     if name is None and len(served) == 1:
         return served[0]
-    known = ", ".join(served[:20]) or "it does not say"
     if name is None:
+        told = f"serves {some_of(served)}" if served else "does not list its models"
         raise PumiceError(
-            f"{client.url} serves {len(served)} models ({known}), and none was named. Name one "
-            f"with --api-model, and check that the address ends with its version, as http://host/v1."
+            f"{client.url} {told}, and none was named. Name one with --api-model, and check that "
+            f"the address ends with its version, as http://host/v1."
         )
     if served:
         check_choice(f"the model of {client.url}", name, served)
