@@ -95,6 +95,25 @@ def test_categories_and_counts_are_on_the_page(tmp_path: Path) -> None:
     assert cells in page and "6 categories" in page
 
 
+def test_the_shuffled_control_of_the_same_run_stands_beside(tmp_path: Path) -> None:
+    data, out = vqa_files(tmp_path / "data"), tmp_path / "out"
+    items = VQA.load(data)
+
+    def other_image(weights: str) -> str:
+        """What the page shows after a control of a model with these weights."""
+        wrong = Scripted(items)
+        wrong.truth = dict.fromkeys(wrong.truth, "no")
+        folder = out / "vqav2-shuffled"
+        run_benchmark(wrong, VQA, data, folder, weights=weights, control="shuffled")
+        page = report_eval("m", [(VQA, out / "vqav2", own)], out).read_text("utf-8")
+        [cell] = re.findall(r'data-name="Other image">(.*?)</td>', page)
+        return str(cell)
+
+    own = run_benchmark(Scripted(items), VQA, data, out / "vqav2", weights="w")
+    assert other_image("another") == "–"
+    assert other_image("w") == "33.3"
+
+
 def test_published_scores_stand_beside_and_other_questions_are_told(tmp_path: Path) -> None:
     _, scores = evaluated(tmp_path)
     section = published_section([scores])
