@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 
 import tiny
-from eval_files import vqa_files
+from eval_files import dump_lines, vqa_files
 from pumice.core.errors import PumiceError
 from pumice.core.images import open_image
 from pumice.core.llm_client import Endpoint, LLMClient
@@ -281,6 +281,25 @@ def test_one_question_to_an_endpoint(scripted: Scripted, pictures: Path, run: Ru
     scripted.always = 400
     code, _, err = run(*args)
     assert code == 2 and "scripted 400" in err
+
+
+def test_requests_of_a_file_to_an_endpoint(
+    scripted: Scripted, pictures: Path, tmp_path: Path, run: Run
+) -> None:
+    rows = [{"question_id": n, "image": f"{n}.png", "text": f"What {n}?"} for n in range(3)]
+    dump_lines(tmp_path / "questions.jsonl", [*rows, {"question_id": 3, "image": "x.png",
+                                                      "text": "What?"}])  # fmt: skip
+    out = tmp_path / "answers.jsonl"
+    args = ("generate", scripted.url, "--requests", tmp_path / "questions.jsonl",
+            "--images", pictures, "--out", out, "--json")  # fmt: skip
+    scripted.plan = {"What 1?": [400]}
+    code, said, _ = run(*args)
+    assert code == 0 and json.loads(said) == {"out": str(out), "rows": 4, "errors": 2}
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row.get("text") for row in answers] == ["red", None, "red", None]
+    assert "scripted 400" in answers[1]["error"] and "x.png" in answers[3]["error"]
+    assert json.loads(run(*args)[1])["errors"] == 1
+    assert scripted.asked == {"What 0?": 1, "What 1?": 2, "What 2?": 1}
 
 
 @pytest.mark.parametrize(

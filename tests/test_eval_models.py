@@ -44,9 +44,9 @@ def test_folders_of_next_and_instructblip_answer_as_what_they_convert_to(
     for name, folder in (("next", llava_next), ("blip", instructblip.folder)):
         own = tmp_path / f"{name}-own"
         assert run("convert", folder, own, "--to", "pumice")[0] == 0
-        texts = texts_of(run, folder, world, tmp_path / name, limit=4)
-        assert len(texts) == 4 and any(texts)
-        assert texts_of(run, own, world, tmp_path / f"{name}-eval", limit=4) == texts
+        texts = texts_of(run, folder, world, tmp_path / name, limit=2)
+        assert len(texts) == 2 and any(texts)
+        assert texts_of(run, own, world, tmp_path / f"{name}-eval", limit=2) == texts
 
 
 def test_an_adapter_is_evaluated_over_its_base(
@@ -57,7 +57,7 @@ def test_an_adapter_is_evaluated_over_its_base(
         f"model.language={root / 'language'}", f"data={world}", "world.images=6",
         "world.eval_images=6", "stages.align.steps=2", "stages.tune.steps=2",
         "stages.align.batch_size=2", "stages.tune.batch_size=2", "eval.benchmarks=[scienceqa]",
-        "eval.limit=4", "stages.tune.lora={r: 2, save: adapter}",
+        "eval.limit=2", "stages.tune.lora={r: 2, save: adapter}",
     ]  # fmt: skip
     code, _, err = run(*args)
     assert code == 0, err

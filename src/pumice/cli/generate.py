@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.cli.endpoint import check_options, is_url, remote_model
 from pumice.cli.options import (
+    ENDPOINT,
     LOADING,
     SAMPLING,
     BatchSizeOption,
+    EndpointOptions,
     JsonOption,
     LoadOptions,
     ModelArg,
@@ -23,9 +27,12 @@ from pumice.cli.options import (
 from pumice.cli.output import note, say, say_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pumice.cli.answer_rows import Answers, Line
-    from pumice.core.types import Sampling
-    from pumice.infer.model import Model
+    from pumice.core.types import Request, Result, Sampling
+
+    Generate = Callable[[Sequence[Request], Callable[[Result], None]], list[Result]]
 
 # Requests per call of the engine: enough to sort into batches of similar length, few enough that
 # the features of a call's images fit into memory.
@@ -56,37 +63,68 @@ def generate(
     batch_size: BatchSizeOption = 16,
     sampling: SamplingOptions = SAMPLING,
     resume: ResumeOption = "auto",
+    endpoint: EndpointOptions = ENDPOINT,
     loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every request of a file.
 
-    A request that fails becomes a row with an error. A stopped run goes on where it stopped and
-    tries failed rows again. In the end the rows stand in the order of the requests. Exits with 1
-    when no row could be answered.
+    MODEL may be the address of an OpenAI-compatible endpoint; its key is read from PUMICE_API_KEY
+    or OPENAI_API_KEY. A request that fails becomes a row with an error. A stopped run goes on where
+    it stopped and tries failed rows again. In the end the rows stand in the order of the requests.
+    Exits with 1 when no row could be answered.
     """
-    from pumice.cli.answer_rows import Answers, read_lines
-    from pumice.cli.weights import weights_hash
     from pumice.core.types import Sampling
-    from pumice.infer.model import load
 
     _check_paths(requests, images, out)
-    chosen = Sampling(**asdict(sampling))
-    weights = weights_hash(model, loading.quantize, loading.adapter)
-    lines = read_lines(requests, settings=[weights, repr(chosen), str(images)])
-    with Answers(out, lines, resume=resume == "auto") as answers:
-        if answers.kept:
-            note(f"{answers.kept} of {len(lines)} rows are answered already")
-        loaded = load(model, max_batch=batch_size, **asdict(loading))
-        _answer(loaded, answers, images, chosen)
-        answers.finish()
-    summary = {"out": str(out), "rows": len(lines), "errors": answers.errors}
-    if as_json:
-        say_json(summary)
+    check_options(model, endpoint, loading)
+    job = _Job(requests, out, images, Sampling(**asdict(sampling)), resume=resume == "auto")
+    if is_url(model):
+        with remote_model(model, endpoint) as remote:
+            answered_by = f"{remote.client.url} {remote.name} {remote.images}"
+            rows, errors = job.run(answered_by, lambda: remote.generate)
     else:
-        say(f"{out}: {len(lines)} rows, {answers.errors} errors")
-    if lines and answers.errors == len(lines):
+        from pumice.cli.weights import weights_hash
+        from pumice.infer.model import load
+
+        weights = weights_hash(model, loading.quantize, loading.adapter)
+        rows, errors = job.run(
+            weights, lambda: load(model, max_batch=batch_size, **asdict(loading)).generate
+        )
+    if as_json:
+        say_json({"out": str(out), "rows": rows, "errors": errors})
+    else:
+        say(f"{out}: {rows} rows, {errors} errors")
+    if rows and errors == rows:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Which requests are answered, how, and where the answers go."""
+
+    requests: Path
+    out: Path
+    images: Path
+    sampling: Sampling
+    resume: bool
+
+    def run(self, answered_by: str, opened: Callable[[], Generate]) -> tuple[int, int]:
+        """How many rows there are, and how many of them are errors.
+
+        `answered_by` names the model: rows of another one are not kept. It is opened when the
+        requests have been read.
+        """
+        from pumice.cli.answer_rows import Answers, read_lines
+
+        settings = [answered_by, repr(self.sampling), str(self.images)]
+        lines = read_lines(self.requests, settings=settings)
+        with Answers(self.out, lines, resume=self.resume) as answers:
+            if answers.kept:
+                note(f"{answers.kept} of {len(lines)} rows are answered already")
+            _answer(opened(), answers, self.images, self.sampling)
+            answers.finish()
+        return len(lines), answers.errors
 
 
 def _check_paths(requests: Path, images: Path, out: Path) -> None:
@@ -109,7 +147,7 @@ def _check_paths(requests: Path, images: Path, out: Path) -> None:
         )
 
 
-def _answer(model: Model, answers: Answers, images: Path, sampling: Sampling) -> None:
+def _answer(generate: Generate, answers: Answers, images: Path, sampling: Sampling) -> None:
     from pumice.core.progress import progress
     from pumice.core.types import Result
 
@@ -131,4 +169,4 @@ def _answer(model: Model, answers: Answers, images: Path, sampling: Sampling) ->
                 answers.write(asked[result.id], result)
                 bar.update(1)
 
-            model.generate(wanted, keep)
+            generate(wanted, keep)
