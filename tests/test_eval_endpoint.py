@@ -180,7 +180,7 @@ def test_what_passes_leaves_the_score_and_what_stays_is_an_error(
 ) -> None:
     whole = evaluate(scripted.url, data, tmp_path / "whole")
     assert whole.metrics is not None and whole.errors == 0
-    a, b, c, d = questions(data)[:4]
+    a, b, c, d, e = questions(data)[:5]
     scripted.plan = {a: [500, 429, "red"], b: [503, "red"]}
     assert evaluate(scripted.url, data, tmp_path / "passing") == whole
     assert scripted.asked[a] == 1 + 3
@@ -190,16 +190,17 @@ def test_what_passes_leaves_the_score_and_what_stays_is_an_error(
         # Cut while it still thought, and withheld: neither is an empty answer.
         c: [{"message": {"content": None}, "finish_reason": "stop"}],
         d: [{"message": {"content": "no"}, "finish_reason": "content_filter"}],
+        e: ["\ud83d red"],
     }
     broken = evaluate(scripted.url, data, tmp_path / "broken")
-    assert broken.metrics is None and (broken.errors, broken.missing) == (4, 0)
+    assert broken.metrics is None and (broken.errors, broken.missing) == (5, 0)
     rows = [row for row in rows_in(tmp_path / "broken") if row["error"]]
-    assert [row["score"] for row in rows] == [None] * 4
-    assert "scripted 400" in rows[1]["error"]
+    assert [row["score"] for row in rows] == [None] * 5
+    assert "scripted 400" in rows[1]["error"] and "half a character" in rows[4]["error"]
     scripted.asked.clear()
     # What was an error is asked again, and nothing else.
     assert evaluate(scripted.url, data, tmp_path / "broken") == whole
-    assert scripted.asked == Counter([a, b, c, d])
+    assert scripted.asked == Counter([a, b, c, d, e])
     scripted.plan = {a: [400], b: [{"message": {"content": ""}, "finish_reason": "length"}]}
     allowed = evaluate(scripted.url, data, tmp_path / "allowed", allow_errors=True)
     assert allowed.metrics is not None and (allowed.n, allowed.errors) == (12, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,18 @@ def test_a_limit_keeps_alternating_labels_in_balance(tmp_path: Path) -> None:
 def test_absent_files_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"{name}.*looked for|{name}: no label file"):
         BENCHMARKS[name].load(tmp_path)
+
+
+def test_all_that_cannot_be_read_is_told_before_a_model_is_loaded(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    pope_files(vqa_files(tmp_path))
+    args = ("--bench", "vqav2,gqa,pope,mme", "--data", tmp_path, "--out", tmp_path / "out")
+    code, _, err = run("eval", "no-such-model", *args)
+    assert code == 2 and "2 of 4 benchmarks cannot be read" in err
+    assert "gqa: no official file" in err and "mme: no subtask" in err
+    assert "Those that can: vqav2,pope." in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_benchmark_is_answered_with_the_nearest() -> None:

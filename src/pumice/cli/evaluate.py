@@ -117,7 +117,7 @@ def evaluate(
         )
     from pumice.eval.choose import choose_benchmarks
     from pumice.eval.controls import CONTROLS
-    from pumice.eval.locate import check_data_dir
+    from pumice.eval.locate import check_data_dir, check_files
 
     # All that can be wrong without a model, before minutes are spent on loading one.
     check_options(model, endpoint, loading)
@@ -125,6 +125,7 @@ def evaluate(
     check_data_dir(data)
     if control is not None:
         CONTROLS[control]
+    check_files(chosen, data)
     with (
         judged(chosen, judge, out / REPLIES) as benchmarks,
         _subject(model, batch_size, endpoint, loading) as subject,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pumice.core.errors import DataError
+
+if TYPE_CHECKING:
+    from pumice.eval.benchmark import Benchmark
 
 IMAGE_FOLDERS = ("val2014", "{name}/images", "images", "", "{name}", "coco/val2014", "train2014")
 
@@ -40,6 +44,30 @@ def check_data_dir(data_dir: Path) -> None:
     raise DataError(
         f"the data directory {data_dir} {state}; a directory with the benchmark's official files "
         f"is needed. Check --data, or make one with `pumice world make --out DIR`."
+    )
+
+
+def check_files(benchmarks: Sequence[Benchmark], data_dir: Path) -> None:
+    """An error when a benchmark's official files cannot be read; asked before a model is loaded.
+
+    It names all such benchmarks, and those that are whole: hours must not pass before a lacking
+    file is told.
+    """
+    problems: dict[str, DataError] = {}
+    for benchmark in benchmarks:
+        try:
+            benchmark.load(data_dir)
+        except DataError as error:
+            problems[benchmark.name] = error
+    if not problems:
+        return
+    if len(benchmarks) == 1:
+        raise problems[benchmarks[0].name]
+    whole = [benchmark.name for benchmark in benchmarks if benchmark.name not in problems]
+    lines = "".join(f"\n  {error}" for error in problems.values())
+    raise DataError(
+        f"{len(problems)} of {len(benchmarks)} benchmarks cannot be read from {data_dir}:{lines}\n"
+        f"Those that can: {','.join(whole) or 'none'}. Name these with --bench, or add the files."
     )
 
 

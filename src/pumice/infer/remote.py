@@ -56,6 +56,9 @@ class RemoteModel:
             self._count(failure)
             return Result(id=request.id, error=f"the endpoint: {failure.reason}")
         self._count(None)
+        if not _is_text(reply.text):
+            cut = "the reply holds half a character (a lone surrogate), which is no text"
+            return Result(id=request.id, error=f"the endpoint: {cut}")
         return Result(
             id=request.id,
             # As answers of a model here: LLaVA strips what it decodes.
@@ -174,6 +177,14 @@ def _options(sampling: Sampling) -> dict[str, Any]:
         options |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
         options |= {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
     return options
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _says_nothing(reply: Reply) -> bool:
