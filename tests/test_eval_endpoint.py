@@ -65,7 +65,9 @@ def test_an_endpoint_answers_as_the_model_it_serves(
             (r["id"], r["text"], r["score"]) for r in there
         ]
     scores = json.loads((tmp_path / "there" / "pope" / SCORES).read_text())
-    assert scores["origin"]["served"] == {"url": url, "model": "pocket", "images": "as-is"}
+    assert scores["origin"]["served"] == {
+        "url": url, "model": "pocket", "images": "as-is", "extra": {},
+    }  # fmt: skip
     assert scores["protocol"]["prompt_template"] == "the server's own"
     assert KEY not in json.dumps(scores)
     assert f"pocket at {url}" in (tmp_path / "there" / "report.html").read_text()
@@ -268,6 +270,23 @@ def test_pictures_are_sent_as_the_files_are_or_as_squares(
     assert isinstance(squares[0], PIL.Image.Image)
 
 
+def test_keys_beside_the_usual_ones_are_sent_and_told(
+    scripted: Scripted, data: Path, tmp_path: Path, run: Run
+) -> None:
+    args = ("eval", scripted.url, "--bench", "vqav2", "--data", data, "--out", tmp_path / "out")
+    extra = ("max_tokens=null", "max_completion_tokens=64", 'reasoning_effort="low"')
+    flags = [part for entry in extra for part in ("--api-extra", entry)]
+    assert run(*args, *flags)[0] == 0
+    body = scripted.bodies[0]
+    assert "max_tokens" not in body and body["max_completion_tokens"] == 64
+    scores = json.loads((tmp_path / "out" / "vqav2" / SCORES).read_text())
+    told = {"max_tokens": None, "max_completion_tokens": 64, "reasoning_effort": "low"}
+    assert scores["protocol"]["request_extra"] == told == scores["origin"]["served"]["extra"]
+    assert len(scripted.bodies) == 12 and run(*args, *flags)[0] == 0
+    assert len(scripted.bodies) == 12 and run(*args)[0] == 0
+    assert len(scripted.bodies) == 24
+
+
 def test_one_question_to_an_endpoint(scripted: Scripted, pictures: Path, run: Run) -> None:
     args = ("ask", scripted.url, "What?", "--image", pictures / "0.png", "--temperature", 0.5)
     code, out, _ = run(*args, "--seed", 3, "--top-p", 0.9, "--json")
@@ -310,6 +329,9 @@ def test_requests_of_a_file_to_an_endpoint(
         (("http://127.0.0.1:9/v1", "--quantize", "int8"), "--quantize belongs to a model that is"),
         (("pocket", "--api-model", "x"), "--api-model belongs to a MODEL that is an address"),
         (("{url}", "--api-model", "script"), "Did you mean 'scripted'"),
+        (("{url}", "--api-extra", "stop=end"), "is not NAME=JSON"),
+        (("{url}", "--api-extra", "n=2"), "n of a request cannot be set"),
+        (("pocket", "--api-extra", "top_k=1"), "--api-extra belongs to an address"),
     ],
 )
 def test_what_does_not_fit_is_said(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pumice.cli.options import ENDPOINT, LOADING, EndpointOptions, LoadOptions
 from pumice.core.errors import PumiceError
@@ -35,8 +36,27 @@ def check_options(model: str, endpoint: EndpointOptions, loading: LoadOptions) -
         raise PumiceError(f"{flags} belongs to {other}; MODEL is {model!r}. Leave it out.")
 
 
+def read_extra(model: str, given: Sequence[str]) -> dict[str, Any]:
+    """The keys and values of --api-extra; an error for a MODEL that is no address."""
+    if given and not is_url(model):
+        raise PumiceError(f"--api-extra belongs to an address; MODEL is {model!r}. Leave it out.")
+    extra = {}
+    for entry in given:
+        name, _, value = entry.partition("=")
+        try:
+            extra[name] = json.loads(value)
+        except ValueError as error:
+            raise PumiceError(
+                f"--api-extra {entry!r} is not NAME=JSON ({error}); write top_k=1, max_tokens=null, "
+                f"or, in quotes, 'reasoning_effort=\"low\"'."
+            ) from error
+    return extra
+
+
 @contextmanager
-def remote_model(url: str, options: EndpointOptions) -> Iterator[RemoteModel]:
+def remote_model(
+    url: str, options: EndpointOptions, extra: Mapping[str, Any] | None = None
+) -> Iterator[RemoteModel]:
     """The endpoint's model while the block runs. The key is in the environment, if it needs one."""
     from pumice.core.llm_client import Endpoint, LLMClient
     from pumice.infer.remote import RemoteModel, choose_model
@@ -50,4 +70,4 @@ def remote_model(url: str, options: EndpointOptions) -> Iterator[RemoteModel]:
     )
     with LLMClient(endpoint) as client:
         name = choose_model(client, options.api_model)
-        yield RemoteModel(client, name, images=options.api_images)
+        yield RemoteModel(client, name, images=options.api_images, extra=extra)

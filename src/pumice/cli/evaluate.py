@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pumice.cli.endpoint import check_options, is_url, remote_model
+from pumice.cli.endpoint import check_options, is_url, read_extra, remote_model
 from pumice.cli.judging import JUDGE, REPLIES, JudgeOptions, judged
 from pumice.cli.options import (
     ENDPOINT,
     LOADING,
     AllowErrorsOption,
+    ApiExtraOption,
     BatchSizeOption,
     BenchOptionsOption,
     CategoriesOption,
@@ -89,6 +90,7 @@ def evaluate(
     allow_errors: AllowErrorsOption = False,
     categories: CategoriesOption = False,
     endpoint: EndpointOptions = ENDPOINT,
+    api_extra: ApiExtraOption = None,
     judge: JudgeOptions = JUDGE,
     loading: LoadOptions = LOADING,
     as_json: JsonOption = False,
@@ -121,6 +123,7 @@ def evaluate(
 
     # All that can be wrong without a model, before minutes are spent on loading one.
     check_options(model, endpoint, loading)
+    extra = read_extra(model, api_extra or ())
     chosen = choose_benchmarks(bench.split(","), option or ())
     check_data_dir(data)
     if control is not None:
@@ -128,7 +131,7 @@ def evaluate(
     check_files(chosen, data)
     with (
         judged(chosen, judge, out / REPLIES) as benchmarks,
-        _subject(model, batch_size, endpoint, loading) as subject,
+        _subject(model, batch_size, endpoint, extra, loading) as subject,
     ):
         job = _Job(benchmarks, data, out, limit, control, allow_errors)
         _run(job, subject, as_json, categories)
@@ -163,7 +166,11 @@ class _Subject:
 
 @contextmanager
 def _subject(
-    model: str, batch_size: int, endpoint: EndpointOptions, loading: LoadOptions
+    model: str,
+    batch_size: int,
+    endpoint: EndpointOptions,
+    extra: Mapping[str, Any],
+    loading: LoadOptions,
 ) -> Iterator[_Subject]:
     """The model of a directory or a shipped name, loaded; or the one at an address."""
     if not is_url(model):
@@ -175,8 +182,8 @@ def _subject(
         return
     from pumice.eval.scores import Served, fingerprint
 
-    with remote_model(model, endpoint) as remote:
-        served = Served(remote.client.url, remote.name, remote.images)
+    with remote_model(model, endpoint, extra) as remote:
+        served = Served(remote.client.url, remote.name, remote.images, remote.extra)
         weights = f"endpoint-{fingerprint([served.url, served.model])}"
         yield _Subject(f"{served.model} at {served.url}", remote.generate, weights, served)
 

@@ -64,6 +64,14 @@ BenchOptionsOption = Annotated[
         help="An official version, such as vqav2.scorer=before-2021 (docs/benchmarks.md).",
     ),
 ]
+ApiExtraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-extra",
+        metavar="NAME=JSON",
+        help="A key of every request to an address; null takes one out. Repeatable.",
+    ),
+]
 ResumeOption = Annotated[
     Literal["auto", "never"],
     typer.Option("--resume", help="auto goes on where a run stopped; never starts again."),

@@ -25,7 +25,7 @@ from pumice.eval.scores import Scores
 
 # What a server does of its own is a part of its model, as the template is of a model here; so a
 # model here and one behind an endpoint can be compared.
-_MODELS_OWN = ("fingerprint", "prompt_template", "images_sent")
+_MODELS_OWN = ("fingerprint", "prompt_template", "images_sent", "request_extra")
 
 
 @dataclass(frozen=True, slots=True)

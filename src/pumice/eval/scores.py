@@ -146,15 +146,20 @@ def fingerprint(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model behind an endpoint: where, its name there, and how images are sent."""
+    """A model behind an endpoint: where, its name there, and how it is asked.
+
+    `extra` are keys of every request beside the usual ones.
+    """
 
     url: str
     model: str
     images: str
+    extra: dict[str, Any] = field(default_factory=dict)
 
-    def protocol(self) -> dict[str, str]:
+    def protocol(self) -> dict[str, Any]:
         """What a protocol has to say that leaves these things to a server."""
         return {
+            **({"request_extra": self.extra} if self.extra else {}),
             "prompt_template": "the server's own",
             "images_sent": {
                 "as-is": "the files' bytes; preparing them is the server's",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -29,14 +29,31 @@ before its vision backbone, for servers that would crop the picture."""
 
 # Past so many failures of the endpoint in a row the others would fail too, each after its retries.
 GIVE_UP_AFTER = 24
+_OWN_KEYS = ("model", "messages", "stream", "n")
 _MEAN_COLOR = tuple(int(value * 255) for value in CLIP_MEAN)
 
 
 class RemoteModel:
     """Asks the model `name` of a client's endpoint; an open client is needed."""
 
-    def __init__(self, client: LLMClient, name: str, *, images: ImageForm = "as-is") -> None:
+    def __init__(
+        self,
+        client: LLMClient,
+        name: str,
+        *,
+        images: ImageForm = "as-is",
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`extra` are keys of every request's body, beside ours and over them; None takes one out.
+
+        Raises PumiceError for one that would change what is asked, or the form of the reply.
+        """
         check_choice("the form of images", images, get_args(ImageForm))
+        self.extra = dict(extra or {})
+        if taken := [name for name in _OWN_KEYS if name in self.extra]:
+            raise PumiceError(
+                f"{' and '.join(taken)} of a request cannot be set; leave these to pumice."
+            )
         self.client, self.name, self.images = client, name, images
         self._failures = 0
         self._lock = threading.Lock()
@@ -114,7 +131,7 @@ class RemoteModel:
             chat_messages(messages),
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
-            options=_options(sampling),
+            options=_options(sampling) | self.extra,
         )
 
     def _count(self, failure: Failure | None) -> None:
