@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from pumice.core.types import Message, Request, Result, Sampling, assistant, user
-from pumice.infer.cache import BufferCache
+from pumice.infer.cache import BufferCache, StackedCache
 from pumice.infer.engine import Engine
 from pumice.infer.prefixes import PrefixStore, common_length
 from pumice.models.lmm import LMM
@@ -53,6 +53,48 @@ def test_a_store_of_prefixes_gives_what_was_put_in_and_keeps_its_limit() -> None
     assert sum(kept) > 400
     store.clear()
     assert store.bytes == store.positions == 0 and store.known([1, 2]) == 0
+
+
+def test_both_caches_hold_the_same_rows_whoever_joins_and_leaves() -> None:
+    draw = random.Random(3)
+    shape = torch.empty(HEADS, 0, WIDTH, dtype=torch.float64)
+    batch, stacked = BufferCache(), StackedCache(LAYERS, shape)
+    rows: list[list[int]] = []
+    for _ in range(300):
+        move = draw.choice(("join", "join", "leave", "speak", "speak", "speak"))
+        if move == "join" and len(rows) < 5:
+            symbols = [draw.randint(1, 9) for _ in range(draw.randint(1, 90))]
+            one, other = row_of(symbols), StackedCache(LAYERS, shape, len(symbols))
+            half = draw.randint(0, len(symbols))
+            for part in (slice(half), slice(half, None)):
+                known = [torch.stack([layer.keys[0, :, part], layer.values[0, :, part]])
+                         for layer in one.layers]  # fmt: skip
+                other.extend([torch.stack(known)])
+            batch.join(one, len(symbols))
+            stacked.join(other, len(symbols))
+            rows.append(symbols)
+        elif move == "leave" and rows:
+            place = draw.randrange(len(rows))
+            rows[place] = rows[-1]
+            rows.pop()
+            width = max(map(len, rows), default=0)
+            batch.leave(place, width)
+            stacked.leave(place, width)
+        elif move == "speak" and rows:
+            fresh, _ = stacked.grow(1, len(rows))
+            for symbols in rows:
+                symbols.append(draw.randint(1, 9))
+            for layer in range(LAYERS):
+                last = torch.cat([row_of(s).layers[layer].keys[:, :, -1:] for s in rows])
+                batch.update(last, -last, layer)
+                fresh[layer].copy_(torch.stack([last, -last]))
+        assert batch.width == stacked.width == max(map(len, rows), default=0)
+        for place, symbols in enumerate(rows):
+            span = batch.width - len(symbols), batch.width
+            wanted = torch.cat(row_of(symbols).pieces(0, 0, len(symbols)))
+            assert torch.equal(torch.cat(batch.pieces(place, *span)), wanted)
+            [piece] = stacked.pieces(place, *span)
+            assert torch.equal(piece.flatten(0, 2), wanted)
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:

@@ -3,10 +3,12 @@
 Rows are padded on the left and share their last column, so that all write to the same column and
 sliding windows keep their meaning; a rectangle of B rows and as many columns as the longest row
 has. Rows join and leave while the others stay where they are. transformers' own cache copies
-everything it holds at every token. Shapes: B rows, H key heads, S columns, Dh head width.
+everything it holds at every token. Shapes: L layers, B rows, H key heads, S columns, Dh head width.
 """
 
 from __future__ import annotations
+
+from typing import Protocol, Self
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -14,92 +16,150 @@ from transformers.cache_utils import Cache, DynamicLayer
 # Free columns behind the last one, so that a buffer is copied once in so many tokens.
 _HEADROOM = 64
 
-Piece = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer and one row, float[H, n, Dh] each."""
+Pieces = list[torch.Tensor]
+"""The keys and values of some positions of one row, float[..., H, n, Dh] each."""
+
+
+class RowsCache(Protocol):
+    """What the engine does with keys and values, whatever decoder computes them."""
+
+    @property
+    def width(self) -> int:
+        """The columns in use."""
+
+    def join(self, other: Self, length: int) -> None:
+        """Takes in the last `length` columns of a cache of one row."""
+
+    def leave(self, row: int, width: int) -> None:
+        """Gives a row up; the last one moves into its place, and `width` columns are kept."""
+
+    def pieces(self, row: int, first: int, last: int) -> Pieces:
+        """Copies of the columns `first` to `last` of a row."""
+
+    def extend(self, pieces: Pieces) -> None:
+        """Appends to a cache of one row what `pieces` gave."""
+
+
+class Buffer:
+    """Rows that end in the same column: float[*lead, B, H, S, Dh], and room for more of them."""
+
+    def __init__(
+        self, like: torch.Tensor, lead: tuple[int, ...] = (), columns: int | None = None
+    ) -> None:
+        """For what looks like `like`, float[..., H, any, Dh]; one row takes `columns`, if given."""
+        rows = 0 if columns is None else 1
+        shape = (*lead, rows, like.shape[-3], columns or 0, like.shape[-1])
+        self._data = like.new_empty(shape)
+        self._rows = 0
+        self._first = 0
+        self._end = 0
+
+    @property
+    def width(self) -> int:
+        """The columns in use."""
+        return self._end - self._first
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """What is in use: a view, float[*lead, B, H, S, Dh]."""
+        return self._data[..., : self._rows, :, self._first : self._end, :]
+
+    def extend(self, new: int, rows: int) -> torch.Tensor:
+        """`new` more columns -> they, to be written to: a view, float[*lead, B, H, new, Dh].
+
+        `rows` are those of an empty buffer, and else as many as there are.
+        """
+        self._make_room(rows, self.width, new)
+        self._rows = rows
+        self._end += new
+        return self._data[..., :rows, :, self._end - new : self._end, :]
+
+    def join(self, row: torch.Tensor) -> None:
+        """Takes in a row, float[*lead, H, n, Dh]."""
+        length = row.shape[-2]
+        if self._rows == 0:
+            self._first = self._end = min(length, self._data.shape[-2])
+        width = max(length, self.width)
+        self._make_room(self._rows + 1, width, 0)
+        data, end = self._data, self._end
+        # Padding must be numbers: what is masked is still multiplied by zero.
+        data[..., : self._rows, :, end - width : self._first, :] = 0
+        data[..., self._rows, :, end - width : end - length, :] = 0
+        data[..., self._rows, :, end - length : end, :] = row
+        self._first = end - width
+        self._rows += 1
+
+    def leave(self, row: int, width: int) -> None:
+        """Gives a row up; the last one moves into its place, and `width` columns are kept."""
+        self._rows -= 1
+        columns = slice(self._end - width, self._end)
+        if row != self._rows:
+            moved = self._data[..., self._rows, :, columns, :]
+            self._data[..., row, :, columns, :] = moved
+        self._first = self._end - width
+
+    def piece(self, row: int, first: int, last: int) -> torch.Tensor:
+        """A copy of the columns `first` to `last` of a row: float[*lead, H, n, Dh]."""
+        columns = slice(self._first + first, self._first + last)
+        return self._data[..., row, :, columns, :].clone()
+
+    def _make_room(self, rows: int, width: int, new: int) -> None:
+        """Room for `rows` rows whose `width` columns end at the last one, and for `new` more."""
+        *lead, known, heads, columns, head_width = self._data.shape
+        if rows <= known and self._end >= width and self._end + new <= columns:
+            return
+        old = self.shown
+        rows = rows if rows <= known else max(rows, 2 * known)
+        columns = width + new + max(_HEADROOM, (width + new) // 2)
+        self._data = old.new_empty(*lead, rows, heads, columns, head_width)
+        start = width - old.shape[-2]
+        self._data[..., : self._rows, :, start:width, :] = old
+        self._first, self._end = start, width
 
 
 class BufferLayer(DynamicLayer):  # type: ignore[misc]
-    """One block's keys and values, float[B, H, S, Dh]; what is in use are views of buffers."""
+    """One block's keys and values, float[B, H, S, Dh], as transformers' decoders take them."""
 
-    _key_buffer: torch.Tensor
-    _value_buffer: torch.Tensor
+    _buffers: tuple[Buffer, Buffer]
     is_initialized: bool
-    _rows: int = 0
-    _first: int = 0
-    _end: int = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """float[B, H, T, Dh] twice -> float[B, H, S + T, Dh] twice."""
         rows, _, new, _ = key_states.shape
-        if not self.is_initialized:
-            self._allocate(key_states, value_states, rows, new)
-            self._rows = rows
-        self._make_room(rows, self._end - self._first, new)
-        self._key_buffer[:rows, :, self._end : self._end + new] = key_states
-        self._value_buffer[:rows, :, self._end : self._end + new] = value_states
-        self._end += new
+        self._begin(key_states, value_states)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer.extend(new, rows)[:] = states
         self._show()
         return self.keys, self.values
 
-    def join(self, other: BufferLayer, row: int, length: int) -> None:
-        """Takes in a row of another layer: its last `length` columns."""
-        keys = other.keys[row, :, other.keys.shape[2] - length :]
-        values = other.values[row, :, other.values.shape[2] - length :]
-        if not self.is_initialized:
-            self._allocate(keys.unsqueeze(0), values.unsqueeze(0), 1, length)
-        if self._rows == 0:
-            self._first = self._end = min(length, self._key_buffer.shape[2])
-        width = max(length, self._end - self._first)
-        self._make_room(self._rows + 1, width, 0)
-        for buffer, piece in ((self._key_buffer, keys), (self._value_buffer, values)):
-            # Padding must be numbers: what is masked is still multiplied by zero.
-            buffer[: self._rows, :, self._end - width : self._first] = 0
-            buffer[self._rows, :, self._end - width : self._end - length] = 0
-            buffer[self._rows, :, self._end - length : self._end] = piece
-        self._first = self._end - width
-        self._rows += 1
+    def join(self, other: BufferLayer, length: int) -> None:
+        """Takes in the last `length` columns of a layer of one row."""
+        self._begin(other.keys, other.values)
+        for buffer, states in zip(self._buffers, (other.keys, other.values), strict=True):
+            buffer.join(states[0, :, states.shape[2] - length :])
         self._show()
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""
-        last = self._rows - 1
-        if row != last:
-            for buffer in (self._key_buffer, self._value_buffer):
-                buffer[row, :, self._end - width : self._end] = buffer[
-                    last, :, self._end - width : self._end
-                ]
-        self._rows = last
-        self._first = self._end - width
+        for buffer in self._buffers:
+            buffer.leave(row, width)
         self._show()
 
-    def piece(self, row: int, first: int, last: int) -> Piece:
-        """A copy of the columns `first` to `last` of a row: float[H, n, Dh] twice."""
-        return self.keys[row, :, first:last].clone(), self.values[row, :, first:last].clone()
+    def pieces(self, row: int, first: int, last: int) -> Pieces:
+        """Copies of the columns `first` to `last` of a row: keys, values."""
+        return [buffer.piece(row, first, last) for buffer in self._buffers]
+
+    def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if not self.is_initialized:
+            # Some families have values of another width than their keys.
+            self._buffers = Buffer(keys), Buffer(values)
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
 
     def _show(self) -> None:
-        self.keys = self._key_buffer[: self._rows, :, self._first : self._end]
-        self.values = self._value_buffer[: self._rows, :, self._first : self._end]
-
-    def _make_room(self, rows: int, width: int, new: int) -> None:
-        """Room for `rows` rows whose `width` columns end at the last one, and for `new` more."""
-        known, _, columns, _ = self._key_buffer.shape
-        if rows <= known and self._end >= width and self._end + new <= columns:
-            return
-        keys, values = self._key_buffer, self._value_buffer
-        used, first, end = self._rows, self._first, self._end
-        self._allocate(keys, values, rows if rows <= known else max(rows, 2 * known), width + new)
-        for buffer, old in ((self._key_buffer, keys), (self._value_buffer, values)):
-            buffer[:used, :, width - (end - first) : width] = old[:used, :, first:end]
-        self._first, self._end = width - (end - first), width
-
-    def _allocate(self, keys: torch.Tensor, values: torch.Tensor, rows: int, columns: int) -> None:
-        columns += max(_HEADROOM, columns // 2)
-        self._key_buffer = keys.new_empty(rows, keys.shape[1], columns, keys.shape[3])
-        self._value_buffer = values.new_empty(rows, values.shape[1], columns, values.shape[3])
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
+        self.keys, self.values = (buffer.shown for buffer in self._buffers)
 
 
 class BufferCache(Cache):  # type: ignore[misc]
@@ -115,23 +175,63 @@ class BufferCache(Cache):  # type: ignore[misc]
         """The columns in use."""
         return int(self.layers[0].get_seq_length()) if self.layers else 0
 
-    def join(self, other: BufferCache, length: int, row: int = 0) -> None:
-        """Takes in the last `length` columns of a row of another cache."""
+    def join(self, other: BufferCache, length: int) -> None:
+        """Takes in the last `length` columns of a cache of one row."""
         while len(self.layers) < len(other.layers):
             self.layers.append(BufferLayer())
         for layer, source in zip(self.layers, other.layers, strict=True):
-            layer.join(source, row, length)
+            layer.join(source, length)
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""
         for layer in self.layers:
             layer.leave(row, width)
 
-    def pieces(self, row: int, first: int, last: int) -> list[Piece]:
-        """Copies of the columns `first` to `last` of a row, one layer after the other."""
-        return [layer.piece(row, first, last) for layer in self.layers]
+    def pieces(self, row: int, first: int, last: int) -> Pieces:
+        """Copies of the columns `first` to `last` of a row: keys and values, layer by layer."""
+        return [piece for layer in self.layers for piece in layer.pieces(row, first, last)]
 
-    def extend(self, pieces: list[Piece]) -> None:
+    def extend(self, pieces: Pieces) -> None:
         """Appends to a cache of one row what `pieces` gave."""
-        for index, (keys, values) in enumerate(pieces):
+        for index in range(len(pieces) // 2):
+            keys, values = pieces[2 * index : 2 * index + 2]
             self.update(keys.unsqueeze(0), values.unsqueeze(0), index)
+
+
+class StackedCache:
+    """All layers in one tensor, float[L, 2, B, H, S, Dh]: what happens to a row is one copy."""
+
+    def __init__(self, layers: int, like: torch.Tensor, columns: int | None = None) -> None:
+        """For what looks like `like`, float[H, any, Dh]; one row takes `columns`, if given."""
+        self._buffer = Buffer(like, (layers, 2), columns)
+
+    @property
+    def width(self) -> int:
+        """The columns in use."""
+        return self._buffer.width
+
+    def grow(self, new: int, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """`new` more columns, written to layer by layer.
+
+        -> views of each layer's own new ones, float[2, B, H, new, Dh], and of all its columns.
+        """
+        fresh = self._buffer.extend(new, rows)
+        return list(fresh.unbind(0)), list(self._buffer.shown.unbind(0))
+
+    def join(self, other: StackedCache, length: int) -> None:
+        """Takes in the last `length` columns of a cache of one row."""
+        row = other._buffer.shown[:, :, 0]
+        self._buffer.join(row[..., row.shape[-2] - length :, :])
+
+    def leave(self, row: int, width: int) -> None:
+        """Gives a row up; the last one moves into its place, and `width` columns are kept."""
+        self._buffer.leave(row, width)
+
+    def pieces(self, row: int, first: int, last: int) -> Pieces:
+        """Copies of the columns `first` to `last` of a row, in one tensor."""
+        return [self._buffer.piece(row, first, last)]
+
+    def extend(self, pieces: Pieces) -> None:
+        """Appends to a cache of one row what `pieces` gave."""
+        for piece in pieces:
+            self._buffer.extend(piece.shape[-2], 1)[:, :, 0] = piece

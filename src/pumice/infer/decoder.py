@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from pumice.infer.cache import BufferCache
+from pumice.infer.cache import BufferCache, RowsCache
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
 
@@ -24,8 +24,8 @@ class Chunk:
     """float[T, D]"""
     first: int
     """The position of the first of them: as many stand in `cache` already."""
-    cache: BufferCache
-    """Of one row; the chunk's keys and values are appended."""
+    cache: Any
+    """Of one row, from the decoder that reads; the keys and values of the chunk are appended."""
     media: Media | None
     """What gated layers look at from these positions."""
     ends: bool
@@ -35,20 +35,22 @@ class Chunk:
 class Decoder(Protocol):
     """How the engine runs a language model."""
 
+    def cache(self, columns: int | None = None) -> RowsCache:
+        """An empty cache for this decoder; with `columns` for one row that will have so many."""
+
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Chunks of different prompts -> float[V] of each that ends."""
 
     def step(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        padding: Sequence[int],
-        cache: BufferCache,
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        cache: Any,
         media: Media | None,
     ) -> torch.Tensor:
-        """long[B] tokens and their long[B] positions -> float[B, V].
+        """B tokens, and how many positions each row has before them -> float[B, V].
 
-        `padding` are the columns of `cache` in front of each row that are not its own.
+        Shorter rows of `cache` begin behind as many columns that are not theirs.
         """
 
 
@@ -57,6 +59,10 @@ class AnyDecoder:
 
     def __init__(self, lmm: LMM) -> None:
         self._lmm = lmm
+
+    def cache(self, columns: int | None = None) -> RowsCache:
+        """An empty cache, as transformers' decoders take it."""
+        return BufferCache()
 
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Chunks of different prompts -> float[V] of each that ends."""
@@ -79,22 +85,22 @@ class AnyDecoder:
 
     def step(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        padding: Sequence[int],
-        cache: BufferCache,
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        cache: Any,
         media: Media | None,
     ) -> torch.Tensor:
-        """long[B] tokens and their long[B] positions -> float[B, V]."""
+        """B tokens, and how many positions each row has before them -> float[B, V]."""
         language = self._lmm.language
+        ids, places = torch.tensor([tokens, lengths], device=self._lmm.device)
         mask = None
-        if any(padding):
-            columns = torch.arange(cache.width + 1, device=tokens.device)
-            mask = columns >= torch.tensor(padding, device=tokens.device).unsqueeze(1)
+        if min(lengths) < cache.width:
+            columns = torch.arange(cache.width + 1, device=ids.device)
+            mask = columns >= (cache.width - places).unsqueeze(1)
         with self._lmm.looking_at(media):
             logits: torch.Tensor = language(
-                language.embed(tokens.unsqueeze(1)),
-                position_ids=positions.unsqueeze(1),
+                language.embed(ids.unsqueeze(1)),
+                position_ids=places.unsqueeze(1),
                 attention_mask=mask,
                 cache=cache,
             )

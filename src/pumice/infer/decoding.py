@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from pumice.infer.cache import BufferCache
 from pumice.infer.decoder import Decoder
 from pumice.infer.rows import Chosen, Row
 from pumice.infer.sampling import choose
@@ -19,11 +18,10 @@ from pumice.models.cross_attention import Media
 class Running:
     """The rows whose prompts are read."""
 
-    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._device = device
         self.rows: list[Row] = []
-        self.cache = BufferCache()
+        self.cache = decoder.cache()
         self.positions = 0
         """Positions that have a place in the cache, padding among them; other threads read it."""
         self._media: Media | None = None
@@ -54,11 +52,9 @@ class Running:
     @torch.inference_mode()
     def step(self) -> None:
         """One more token for every row."""
-        width = self.cache.width
         logits = self._decoder.step(
-            torch.tensor([row.last for row in self.rows], device=self._device),
-            torch.tensor([row.length for row in self.rows], device=self._device),
-            [width - row.length for row in self.rows],
+            [row.last for row in self.rows],
+            [row.length for row in self.rows],
             self.cache,
             self._media,
         )

@@ -1,13 +1,14 @@
 """A decoder of the Llama kind with fewer operations per token than transformers' own.
 
 Prompts of different lengths are read side by side without padding; query, key and value, and gate
-and up, are one product each; weights lie as inputs by outputs, which a single row reads at about
-twice the speed. Before it is used it must agree with transformers on the model at hand.
+and up, are one product each (`products.py`); the last block goes on with those positions alone
+whose logits are wanted. Before it is used it must agree with transformers on the model at hand.
 
 Used for: llama, mistral, qwen2 and qwen3 without sliding windows, in float32, their linear layers
-plain or quantised, without gated cross-attention or hooks, when a copy of the plain weights is at
-most 2 GiB. Everything else runs through `decoder.AnyDecoder`.
-Shapes: N tokens of all prompts, B rows, H heads, Dh head width, D model width, V vocabulary.
+plain or quantised, without gated cross-attention or hooks, when the copies of plain weights are at
+most 4 GiB. Everything else runs through `decoder.AnyDecoder`.
+Shapes: N tokens of all prompts, B rows, T positions, S columns, H heads, Hk key heads, Dh head
+width, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pumice.infer.cache import BufferCache, BufferLayer
+from pumice.infer.cache import StackedCache
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
+from pumice.infer.products import Norm, Product, product
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
 from pumice.models.lora import has_lora
@@ -33,186 +35,155 @@ log = logging.getLogger(__name__)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What turns positions into angles without looking at how long the text is.
 _ROPES = ("default", "linear", "llama3", "yarn")
-_MOST_BYTES = 2 * 1024**3
+_MOST_BYTES = 4 * 1024**3
 _TOLERANCE = 1e-3
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Dense:
-    """Linear layers that read the same input, as one product: float[N, I] -> float[N, sum of O]."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.weight = torch.cat([layer.weight for layer in layers]).t().contiguous()
-        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bias is None:
-            return x @ self.weight
-        return torch.addmm(self.bias, x, self.weight)
-
-
-class Quantized:
-    """Quantised linear layers that read the same input, their outputs side by side."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.layers = layers
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [layer(x) for layer in self.layers]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-class Norm:
-    """A root-mean-square norm in one operation: float[..., D] -> float[..., D]."""
-
-    def __init__(self, module: Any) -> None:
-        self.weight: torch.Tensor = module.weight
-        self.shape = self.weight.shape
-        self.eps: float = module.variance_epsilon
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 @dataclass(slots=True)
 class _Block:
-    norm: Product
+    norm: Norm
     qkv: Product
     out: Product
-    feed_norm: Product
+    feed_norm: Norm
     gate_up: Product
     down: Product
     activation: Callable[[torch.Tensor], torch.Tensor]
     scaling: float
-    query_norm: Product | None
-    key_norm: Product | None
+    query_norm: Norm | None
+    key_norm: Norm | None
 
 
 class PlainDecoder:
     """A language model of one of `FAMILIES`; `best_decoder` says whether it can be used."""
 
     def __init__(self, lmm: LMM) -> None:
-        self._embed = lmm.language.embed
         model: Any = lmm.language.model
         config = lmm.language.config
+        self._table = lmm.language.token_embeddings.detach()
         self._rotary: Any = model.model.rotary_emb
-        self._heads = config.num_attention_heads
-        self._key_heads = config.num_key_value_heads
+        self._heads: int = config.num_attention_heads
+        self._key_heads: int = config.num_key_value_heads
         self._blocks = [_block(layer) for layer in model.model.layers]
         self._norm = Norm(model.model.norm)
-        self._head = _product([model.lm_head])
-        self._cos = self._sin = torch.empty(0)
+        self._head = product([model.lm_head])
+        self._width: int = model.model.layers[0].self_attn.head_dim
+        self._like = self._table.new_empty(self._key_heads, 0, self._width)
+        self._turns = torch.empty(0)
+
+    def cache(self, columns: int | None = None) -> StackedCache:
+        """An empty cache for this decoder; with `columns` for one row that will have so many."""
+        return StackedCache(len(self._blocks), self._like, columns)
 
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Chunks of different prompts -> float[V] of each that ends."""
         lengths = [len(chunk.embeds) for chunk in chunks]
-        places = torch.cat(
-            [
-                torch.arange(chunk.first, chunk.first + length, device=chunk.embeds.device)
-                for chunk, length in zip(chunks, lengths, strict=True)
-            ]
+        device = self._table.device
+        places = [torch.arange(chunk.first, chunk.first + len(chunk.embeds)) for chunk in chunks]
+        turns = self._turns_at(
+            torch.cat(places).to(device), max(chunk.first + len(chunk.embeds) for chunk in chunks)
         )
-        masks = [
-            _causal(chunk.first, length, places)
-            for chunk, length in zip(chunks, lengths, strict=True)
-        ]
-
-        def attend(
-            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> torch.Tensor:
+        masks = [_causal(chunk.first, len(chunk.embeds), device) for chunk in chunks]
+        room = [chunk.cache.grow(length, 1) for chunk, length in zip(chunks, lengths, strict=True)]
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        wanted = ends[[place for place, chunk in enumerate(chunks) if chunk.ends]]
+        hidden = torch.cat([chunk.embeds for chunk in chunks])
+        for layer, block in enumerate(self._blocks):
+            states = self._states(block, hidden, turns)
+            # Of the last block's positions none but those whose logits are wanted go on.
+            last = layer == len(self._blocks) - 1
             mixed = []
-            parts = [torch.split(part, lengths) for part in (query, key, value)]
-            for chunk, mask, q, k, v in zip(chunks, masks, *parts, strict=True):
-                known = _layer(chunk.cache, layer)
-                keys, values = known.update(
-                    k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+            for chunk, mask, (fresh, known), new in zip(
+                chunks, masks, room, torch.split(states, lengths), strict=True
+            ):
+                self._keep(new.unsqueeze(0), fresh[layer])
+                if last and not chunk.ends:
+                    continue
+                query = new[-1:] if last else new
+                mixed.append(
+                    self._attention(
+                        block, query.unsqueeze(0), known[layer], None if last else mask
+                    )[0]
                 )
-                found = self._attention(q.transpose(0, 1).unsqueeze(0), keys, values, mask, layer)
-                mixed.append(found[0].transpose(0, 1).flatten(1))
-            return torch.cat(mixed)
-
-        hidden = self._through(torch.cat([chunk.embeds for chunk in chunks]), places, attend)
-        ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-        wanted = [place for place, chunk in enumerate(chunks) if chunk.ends]
-        if not wanted:
-            return []
-        return list(self._head(self._norm(hidden[ends[wanted]])))
+            if last:
+                hidden = hidden[wanted]
+            if mixed:
+                hidden = self._after(block, hidden, torch.cat(mixed))
+        return list(self._head(self._norm(hidden))) if len(wanted) else []
 
     def step(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        padding: Sequence[int],
-        cache: BufferCache,
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        cache: StackedCache,
         media: Media | None,
     ) -> torch.Tensor:
-        """long[B] tokens and their long[B] positions -> float[B, V]."""
+        """B tokens, and how many positions each row has before them -> float[B, V]."""
+        ids, places = torch.tensor([tokens, lengths], device=self._table.device)
+        longest = max(lengths)
+        turns = self._turns_at(places, longest + 1)
         mask = None
-        if any(padding):
-            columns = torch.arange(cache.width + 1, device=tokens.device)
-            hidden_columns = columns < torch.tensor(padding, device=tokens.device).unsqueeze(1)
-            mask = torch.zeros(hidden_columns.shape, device=tokens.device)
-            mask = mask.masked_fill_(hidden_columns, float("-inf"))[:, None, None]
-
-        def attend(
-            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> torch.Tensor:
-            keys, values = cache.layers[layer].update(key.unsqueeze(2), value.unsqueeze(2))
-            return self._attention(query.unsqueeze(2), keys, values, mask, layer).flatten(1)
-
-        hidden = self._through(self._embed(tokens), positions, attend)
+        if min(lengths) < longest:
+            columns = torch.arange(longest + 1, device=places.device)
+            mask = torch.zeros(len(tokens), longest + 1, device=places.device)
+            mask.masked_fill_(columns < (longest - places).unsqueeze(1), float("-inf"))
+            mask = mask[:, None, None]
+        fresh, known = cache.grow(1, len(tokens))
+        hidden = self._table[ids]
+        for layer, block in enumerate(self._blocks):
+            states = self._states(block, hidden, turns).unsqueeze(1)
+            self._keep(states, fresh[layer])
+            mixed = self._attention(block, states, known[layer], mask)
+            hidden = self._after(block, hidden, mixed.squeeze(1))
         return self._head(self._norm(hidden))
 
-    def _through(
-        self, hidden: torch.Tensor, places: torch.Tensor, attend: Callable[..., torch.Tensor]
-    ) -> torch.Tensor:
-        """float[N, D], long[N] -> float[N, D], through all blocks."""
-        cos, sin = self._angles(places)
-        heads, key_heads = self._heads, self._key_heads
-        for number, block in enumerate(self._blocks):
-            states = block.qkv(block.norm(hidden)).view(len(hidden), heads + 2 * key_heads, -1)
-            if block.query_norm is not None and block.key_norm is not None:
-                query, key, value = torch.split(states, [heads, key_heads, key_heads], 1)
-                states = torch.cat([block.query_norm(query), block.key_norm(key), value], 1)
-            turned = states[:, : heads + key_heads]
-            half = turned.shape[-1] // 2
-            turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
-            query, key = torch.split(turned, [heads, key_heads], 1)
-            mixed = attend(number, query, key, states[:, heads + key_heads :])
-            hidden = hidden + block.out(mixed)
-            gate, up = block.gate_up(block.feed_norm(hidden)).chunk(2, -1)
-            hidden = hidden + block.down(block.activation(gate) * up)
-        return hidden
+    def _states(self, block: _Block, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """float[N, D] -> float[N, H + 2 Hk, Dh]: queries, keys and values; the former turned."""
+        turned = self._heads + self._key_heads
+        states = block.qkv(block.norm(hidden)).view(-1, turned + self._key_heads, self._width)
+        if block.query_norm is not None and block.key_norm is not None:
+            query, key, value = torch.split(
+                states, [self._heads, self._key_heads, self._key_heads], 1
+            )
+            states = torch.cat([block.query_norm(query), block.key_norm(key), value], 1)
+        pairs = states.view(-1, turned + self._key_heads, self._width // 2, 2)
+        torch.view_as_complex(pairs)[:, :turned].mul_(turns)
+        return states
+
+    def _keep(self, states: torch.Tensor, fresh: torch.Tensor) -> None:
+        """float[B, T, H + 2 Hk, Dh] -> keys and values into float[2, B, Hk, T, Dh]."""
+        rows, new, _, width = states.shape
+        both = states[:, :, self._heads :].reshape(rows, new, 2, self._key_heads, width)
+        fresh.copy_(both.permute(2, 0, 3, 1, 4))
 
     def _attention(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        layer: int,
+        self, block: _Block, states: torch.Tensor, known: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """float[B, H, T, Dh], float[B, Hk, S, Dh] twice -> float[B, H, T, Dh]."""
-        return F.scaled_dot_product_attention(
-            query,
+        """float[B, T, >= H, Dh], float[2, B, Hk, S, Dh] -> float[B, T, H Dh]."""
+        keys, values = known.unbind(0)
+        found = F.scaled_dot_product_attention(
+            states[:, :, : self._heads].transpose(1, 2),
             keys,
             values,
             mask,
-            scale=self._blocks[layer].scaling,
+            scale=block.scaling,
             enable_gqa=self._heads != self._key_heads,
         )
+        return found.transpose(1, 2).flatten(2)
 
-    def _angles(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """long[N] -> cosines and signed sines, float[N, 1, Dh] each."""
-        needed = int(places.max()) + 1
-        if needed > len(self._cos):
-            every = torch.arange(max(needed, 2 * len(self._cos), 256), device=places.device)
-            cos, sin = self._rotary(self._embed(every[:1]), every.unsqueeze(0))
+    def _after(self, block: _Block, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """float[N, D], float[N, H Dh] -> float[N, D]: the rest of a block behind its attention."""
+        hidden = block.out(mixed, hidden)
+        gate, up = block.gate_up(block.feed_norm(hidden)).chunk(2, -1)
+        return block.down(block.activation(gate).mul_(up), hidden)
+
+    def _turns_at(self, places: torch.Tensor, needed: int) -> torch.Tensor:
+        """long[N], all below `needed` -> complex[N, 1, Dh / 2]: cosines, and sines times i."""
+        if needed > len(self._turns):
+            every = torch.arange(max(needed, 2 * len(self._turns), 256), device=places.device)
+            cos, sin = self._rotary(self._table[:1], every.unsqueeze(0))
             half = sin.shape[-1] // 2
-            self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        return self._cos[places].unsqueeze(1), self._sin[places].unsqueeze(1)
+            self._turns = torch.complex(cos[0, :, :half], sin[0, :, :half])
+        return self._turns[places].unsqueeze(1)
 
 
 @torch.no_grad()
@@ -253,7 +224,7 @@ def _fits(lmm: LMM) -> bool:
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
         return False
-    copied = sum(m.weight.numel() * 4 for m in linears if type(m) is nn.Linear)
+    copied = sum(2 * m.weight.numel() * 4 for m in linears if type(m) is nn.Linear)
     return copied <= _MOST_BYTES and len(linears) == 7 * config.num_hidden_layers + 1
 
 
@@ -264,50 +235,54 @@ def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
     ids = torch.randint(0, lmm.language.vocab_size, (14,), generator=draw).to(lmm.device)
     found = []
     for decoder in (one, other):
-        caches = BufferCache(), BufferCache()
+        caches = decoder.cache(), decoder.cache()
         parts = torch.split(lmm.language.embed(ids[:12]), [7, 5])
         chunks = [
             Chunk(part, 0, cache, None, True) for part, cache in zip(parts, caches, strict=True)
         ]
         logits = decoder.read(chunks)
-        together = BufferCache()
+        together = decoder.cache()
         together.join(caches[0], 7)
         together.join(caches[1], 5)
-        places = torch.tensor([7, 5], device=lmm.device)
-        logits += list(decoder.step(ids[12:], places, [0, 2], together, None))
+        logits += list(decoder.step(ids[12:].tolist(), [7, 5], together, None))
         found.append(torch.stack(logits))
     return float((found[0] - found[1]).abs().max() / found[0].abs().max().clamp(min=1e-30))
 
 
 def _block(layer: Any) -> _Block:
     attention, feed = layer.self_attn, layer.mlp
+    pairs = _pairs(attention.head_dim)
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    turned = linears[0].out_features + linears[1].out_features
+    order = torch.arange(turned + linears[2].out_features)
+    order[:turned] = order[:turned].view(-1, len(pairs))[:, pairs].flatten()
+    normed = hasattr(attention, "q_norm")
     return _Block(
         norm=Norm(layer.input_layernorm),
-        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj]),
-        out=_product([attention.o_proj]),
+        qkv=product(linears, order.to(linears[0].weight.device)),
+        out=product([attention.o_proj]),
         feed_norm=Norm(layer.post_attention_layernorm),
-        gate_up=_product([feed.gate_proj, feed.up_proj]),
-        down=_product([feed.down_proj]),
-        activation=feed.act_fn,
+        gate_up=product([feed.gate_proj, feed.up_proj]),
+        down=product([feed.down_proj]),
+        activation=feed.act_fn.forward,
         scaling=attention.scaling,
-        query_norm=Norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=Norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        query_norm=Norm(attention.q_norm, pairs) if normed else None,
+        key_norm=Norm(attention.k_norm, pairs) if normed else None,
     )
 
 
-def _product(layers: Sequence[nn.Linear]) -> Product:
-    return Quantized(layers) if isinstance(layers[0], QuantizedLinear) else Dense(layers)
+def _pairs(width: int) -> torch.Tensor:
+    """The order of a head's numbers in which those turned together stand side by side.
+
+    Queries and keys are in the same order, so their products are as before; each pair is then one
+    complex number, and turning all of them is one multiplication.
+    """
+    return torch.arange(width).view(2, -1).t().flatten()
 
 
-def _layer(cache: BufferCache, number: int) -> BufferLayer:
-    while len(cache.layers) <= number:
-        cache.layers.append(BufferLayer())
-    return cache.layers[number]
-
-
-def _causal(first: int, length: int, like: torch.Tensor) -> torch.Tensor | None:
-    """bool[T, first + T], which earlier positions each position of a chunk sees; None for all."""
+def _causal(first: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """float[T, first + T], what each position of a chunk adds to its scores; None for nothing."""
     if length == 1:
         return None
-    every = torch.ones(length, first + length, dtype=torch.bool, device=like.device)
-    return every.tril(first)
+    later = torch.full((length, first + length), float("-inf"), device=device)
+    return later.triu_(first + 1)

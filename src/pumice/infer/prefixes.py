@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from pumice.infer.cache import BufferCache, Piece
+from pumice.infer.cache import Pieces, RowsCache
 
 
 class _Node:
@@ -18,7 +18,7 @@ class _Node:
 
     __slots__ = ("children", "parent", "pieces", "symbols")
 
-    def __init__(self, symbols: Sequence[int], pieces: list[Piece], parent: _Node | None) -> None:
+    def __init__(self, symbols: Sequence[int], pieces: Pieces, parent: _Node | None) -> None:
         self.symbols = symbols
         self.pieces = pieces
         self.parent = parent
@@ -27,7 +27,7 @@ class _Node:
     @property
     def bytes(self) -> int:
         """What its tensors hold."""
-        return sum(part.numel() * part.element_size() for piece in self.pieces for part in piece)
+        return sum(piece.nbytes for piece in self.pieces)
 
 
 class PrefixStore:
@@ -49,15 +49,15 @@ class PrefixStore:
         """How many leading positions are held."""
         return sum(count for _, count in self._path(symbols))
 
-    def fill(self, symbols: Sequence[int], cache: BufferCache) -> int:
+    def fill(self, symbols: Sequence[int], cache: RowsCache) -> int:
         """Appends what is held of the beginning to an empty cache of one row; its length."""
         path = self._path(symbols)
         for node, count in path:
-            cache.extend([(keys[:, :count], values[:, :count]) for keys, values in node.pieces])
+            cache.extend([piece[..., :count, :] for piece in node.pieces])
         self._touch([node for node, _ in path])
         return sum(count for _, count in path)
 
-    def add(self, symbols: Sequence[int], cache: BufferCache, row: int, first: int) -> None:
+    def add(self, symbols: Sequence[int], cache: RowsCache, row: int, first: int) -> None:
         """Keeps the row of a cache whose positions begin at column `first`."""
         path = self._path(symbols)
         known = sum(count for _, count in path)
@@ -92,7 +92,7 @@ class PrefixStore:
         parent = node.parent
         assert parent is not None
         halves = [
-            [(k[:, part].clone(), v[:, part].clone()) for k, v in node.pieces]
+            [piece[..., part, :].clone() for piece in node.pieces]
             for part in (slice(count), slice(count, None))
         ]
         head = _Node(node.symbols[:count], halves[0], parent)

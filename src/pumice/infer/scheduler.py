@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pumice.infer.cache import BufferCache
 from pumice.infer.decoder import Chunk, Decoder
 from pumice.infer.decoding import Running, say
 from pumice.infer.features import ImageFeatures, Key, Opened, Shown
@@ -75,7 +74,7 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Row] = deque()
         self.reading: list[Row] = []
-        self.running = Running(decoder, lmm.device)
+        self.running = Running(decoder)
         self._opened: dict[Row, dict[Key, Opened]] = {}
 
     @property
@@ -111,7 +110,7 @@ class Scheduler:
             self.waiting.clear()
             self.reading.clear()
             self._opened.clear()
-            self.running = Running(self._decoder, self._lmm.device)
+            self.running = Running(self._decoder)
             for row in rows:
                 row.error, row.cache = error, None
                 self._count(row)
@@ -161,7 +160,7 @@ class Scheduler:
 
     def _begin(self, row: Row) -> list[Shown]:
         """Takes over what is known of the prompt; -> the images whose features are needed."""
-        row.cache = BufferCache()
+        row.cache = self._decoder.cache(len(row.prompt))
         # The last position is always read: its logits are wanted.
         prompt = row.symbols[:-1]
         if self._memory.prefixes.known(prompt) >= _LEAST_SHARED:
