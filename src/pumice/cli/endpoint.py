@@ -47,7 +47,7 @@ def read_extra(model: str, given: Sequence[str]) -> dict[str, Any]:
             extra[name] = json.loads(value)
         except ValueError as error:
             raise PumiceError(
-                f"--api-extra {entry!r} is not NAME=JSON ({error}); write top_k=1, max_tokens=null, "
+                f"--api-extra {entry!r} is not NAME=JSON ({error}); write top_k=1, max_tokens=null "
                 f"or, in quotes, 'reasoning_effort=\"low\"'."
             ) from error
     return extra
