@@ -108,6 +108,7 @@ class Scripted(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.always: Any = None
+        self.models = ["scripted"]
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -116,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Scripted
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "scripted"}]})
+        self._send(200, {"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -285,6 +286,19 @@ def test_keys_beside_the_usual_ones_are_sent_and_told(
     assert len(scripted.bodies) == 12 and run(*args, *flags)[0] == 0
     assert len(scripted.bodies) == 12 and run(*args)[0] == 0
     assert len(scripted.bodies) == 24
+
+
+def test_another_model_of_the_endpoint_is_asked_anew(
+    scripted: Scripted, data: Path, tmp_path: Path, run: Run
+) -> None:
+    args = ("eval", scripted.url, "--bench", "vqav2", "--data", data, "--out", tmp_path / "out")
+    assert run(*args)[0] == 0
+    scripted.models.append("another")
+    code, _, err = run(*args)
+    assert code == 2 and "serves scripted, another, and none was named" in err
+    assert run(*args, "--api-model", "scripted")[0] == 0 and len(scripted.bodies) == 12
+    assert run(*args, "--api-model", "another")[0] == 0 and len(scripted.bodies) == 24
+    assert [body["model"] for body in scripted.bodies[::12]] == ["scripted", "another"]
 
 
 def test_one_question_to_an_endpoint(scripted: Scripted, pictures: Path, run: Run) -> None:

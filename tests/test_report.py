@@ -175,6 +175,8 @@ def test_dots_stand_in_their_order_and_within_the_axis() -> None:
     left, right = float(low), float(high)
     assert (right - left) == pytest.approx((b - a) * 30 / 20, abs=0.3)
     ticks = {float(t): float(x) for x, t in re.findall(r'"tick" x="([\d.]+)"[^>]*>(\d+)<', plot)}
+    # Whole marks, also at the ends.
+    assert 136 + 5 < left and right < 280 - 5
     assert len(ticks) >= 3 and ticks[20] == pytest.approx(me, abs=0.11)
     assert dot_plot([Dot("A", 1.0)], "one").count("<circle") == 1
 
