@@ -77,6 +77,9 @@ def test_the_command_gives_table_json_and_words(tmp_path: Path, run: Run) -> Non
     assert found["n"] == 12 and found["groups"] == 4 and found["b_better"] == 4
     code, out, _ = run("eval", "--compare", a, b)
     assert code == 0 and "accuracy" in out and "no difference can be told" in out
+    out = run("eval", "--compare", a, b, "--categories")[1]
+    lines = [line.split() for line in out.splitlines() if line.startswith("answer_type=")]
+    assert lines[0][:4] == ["answer_type=other", "accuracy", "50.00", "100.00"]
     # One directory of a benchmark will do, and data that was moved is named.
     (tmp_path / "data").rename(tmp_path / "moved")
     assert run("eval", "--compare", a / "vqav2", b, "--data", tmp_path / "moved")[0] == 0

@@ -108,7 +108,7 @@ def evaluate(
                 "--compare A B reads two directories that `pumice eval` wrote, and asks no model. "
                 "Leave MODEL, --bench and --out away."
             )
-        _compare(compare, data, allow_errors, as_json)
+        _compare(compare, data, allow_errors, as_json, categories)
         return
     needed = {"MODEL": model, "--bench": bench, "--data": data, "--out": out}
     absent = [name for name, value in needed.items() if value is None]
@@ -220,9 +220,13 @@ def _run(job: _Job, subject: _Subject, as_json: bool, categories: bool) -> None:
 
 
 def _compare(
-    folders: tuple[Path, Path], data: Path | None, allow_errors: bool, as_json: bool
+    folders: tuple[Path, Path],
+    data: Path | None,
+    allow_errors: bool,
+    as_json: bool,
+    categories: bool,
 ) -> None:
-    from pumice.cli.score_text import comparison_table
+    from pumice.cli.score_text import comparison_categories, comparison_table
     from pumice.eval.compare import compare_runs
 
     a, b = folders
@@ -232,6 +236,8 @@ def _compare(
         say_json({"a": str(a), "b": str(b), "benchmarks": benchmarks})
         return
     say(comparison_table(found))
+    if categories:
+        say(comparison_categories(found))
     for one in found:
         say(one.verdict)
         if one.left_out:

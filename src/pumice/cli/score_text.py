@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pumice.cli.output import table
 
 if TYPE_CHECKING:
-    from pumice.eval.compare import Comparison
+    from pumice.eval.compare import Comparison, Difference
     from pumice.eval.scores import Scores
 
 
@@ -57,12 +57,31 @@ def comparison_table(found: Sequence[Comparison]) -> str:
     for one in found:
         counts = [str(count) for count in (one.n, one.groups, one.a_better, one.b_better)]
         for name, metric in one.metrics.items():
-            pair = metric.interval
-            interval = f"{pair[0]:+.2f} .. {pair[1]:+.2f}" if pair else "-"
-            gap = f"{metric.difference:+.2f}{' *' if metric.clear else ''}"
-            row = [one.benchmark, name, _number(metric.a), _number(metric.b), gap, interval]
-            rows.append([*row, *counts])
+            rows.append([one.benchmark, name, *_gap(metric), *counts])
     return f"{table(rows)}\n* zero lies outside the interval"
+
+
+def comparison_categories(found: Sequence[Comparison]) -> str:
+    """A table for each benchmark: the first metric of every category, as in the whole."""
+    titles = ["category", "metric", "A", "B", "B - A", "95 % interval"]
+    tables = []
+    for one in found:
+        rows = [
+            [category or "(none)", name, *_gap(metrics[name])]
+            for category, metrics in one.by_category.items()
+            for name in list(metrics)[:1]
+        ]
+        if rows:
+            tables.append(f"\n{one.benchmark}\n{table([titles, *rows])}")
+    return "\n".join(tables)
+
+
+def _gap(metric: Difference) -> list[str]:
+    """Both values, B - A (marked where it is clear), and its interval."""
+    pair = metric.interval
+    interval = f"{pair[0]:+.2f} .. {pair[1]:+.2f}" if pair else "-"
+    gap = f"{metric.difference:+.2f}{' *' if metric.clear else ''}"
+    return [_number(metric.a), _number(metric.b), gap, interval]
 
 
 def _number(value: float | None) -> str:
