@@ -15,7 +15,7 @@ from pumice.cli.output import say, say_json, table
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from pumice.models.costs import ImageCost
+    from pumice.models.costs import ImageCost, Trained
     from pumice.models.lmm import LMM
     from pumice.recipe.schema import Recipe, Stage
 
@@ -25,7 +25,10 @@ _PARTS = ("vision", "connector", "gated layers", "language")
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    lines = ("pumice plan llava15-7b", "pumice plan llava15-7b model.connector=resampler --json")
+    lines = (
+        "pumice plan llava15-7b model.connector=resampler",
+        "pumice plan llava15-13b --gpus 8xA100-80G",
+    )
     app.command("plan", epilog=example(*lines))(plan)
 
 
@@ -40,23 +43,51 @@ def plan(
     text_tokens: Annotated[
         int, typer.Option("--text-tokens", min=1, help="Its text, question and answer, in tokens.")
     ] = 256,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="NxGPU", help="Plan the stages on it, as 8xA100-80G.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of which kind, when --gpus is a number.")
+    ] = None,
+    utilisation: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Of peak FLOP/s for all that is computed."),
+    ] = 0.5,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE=MEAN,SPREAD,TEXT_ONLY",
+            help="Tokens of text of a stage's conversations, and the share without images.",
+        ),
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE=N", help="Conversations of a stage's data."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a recipe's model costs.
+    """Show what a recipe's model costs, and with --gpus how it trains on a machine.
 
     Parameters and FLOPs of each part, image tokens, what a training conversation takes, and every
-    connector of the shelf between the same backbones. Nothing is built or downloaded beyond the
-    backbones' configurations.
+    connector of the shelf between the same backbones. On a machine: memory of each GPU, which
+    batch fits, FLOPs and time of each stage. Nothing is built or downloaded beyond the backbones'
+    configurations.
     """
     from pumice.recipe.load import load_recipe
 
     size = _size(image)
     loaded = load_recipe(recipe, overrides or [])
-    record = _record(loaded, _blank(loaded), size, text_tokens)
-    if as_json:
-        say_json(record)
+    lmm = _blank(loaded)
+    if gpus is None:
+        record = _record(loaded, lmm, size, text_tokens)
+        text = "" if as_json else _text(record)
     else:
-        say(_text(record))
+        from pumice.cli.plan_machine import Asked, machine_record, machine_text
+
+        asked = Asked(gpus, gpu, utilisation, tuple(lengths or ()), tuple(rows or ()))
+        record = machine_record(loaded, lmm, size, asked)
+        text = "" if as_json else machine_text(record)
+    say_json(record) if as_json else say(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -129,8 +160,9 @@ def _image(cost: ImageCost) -> dict[str, Any]:
     return {**cost._asdict(), "size": list(cost.size)}
 
 
-def _stage(name: str, stage: Stage, lmm: LMM, counts: Any) -> dict[str, Any]:
-    from pumice.models.costs import Trained, adapter_size, num_parameters, training_flops
+def learning(stage: Stage, lmm: LMM) -> tuple[Trained, dict[str, int]]:
+    """Which parts a stage trains, and how many weights of each."""
+    from pumice.models.costs import Trained, adapter_size, num_parameters
 
     trained = {part: num_parameters(lmm.part(part)) for part in stage.train}
     if stage.lora is not None:
@@ -138,6 +170,13 @@ def _stage(name: str, stage: Stage, lmm: LMM, counts: Any) -> dict[str, Any]:
     learns = Trained(
         "vision" in trained, "connector" in trained, "language" in trained, stage.lora is not None
     )
+    return learns, {str(part): count for part, count in trained.items()}
+
+
+def _stage(name: str, stage: Stage, lmm: LMM, counts: Any) -> dict[str, Any]:
+    from pumice.models.costs import training_flops
+
+    learns, trained = learning(stage, lmm)
     return {
         "name": name,
         "trained": trained,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pumice.recipe.schema import Lora, Recipe, Stage
+    from pumice.recipe.schema import DataFile, Lora, Recipe, Stage
     from pumice.train.adapters import LoraTraining
-    from pumice.train.stages import StageSpec
+    from pumice.train.stages import DataSpec, StageSpec
 
 
 def stage_specs(
@@ -27,9 +27,10 @@ def stage_specs(
     return specs
 
 
-def first_stage_spec(recipe: Recipe, stage: str) -> StageSpec:
+def first_stage_spec(recipe: Recipe, stage: str, data: Path | None = None) -> StageSpec:
     """A stage as if no other came before it: what reads its data, without any checkpoint."""
-    return _stage_spec(recipe, stage, dict(recipe.stage_list())[stage], data=Path(), init=None)
+    chosen = dict(recipe.stage_list())[stage]
+    return _stage_spec(recipe, stage, chosen, data=data or Path(), init=None)
 
 
 def _stage_spec(
@@ -42,7 +43,7 @@ def _stage_spec(
 ) -> StageSpec:
     from pumice.core.shipped import resolve_backbone
     from pumice.data.packing import Packing
-    from pumice.train.stages import DataSpec, StageSpec
+    from pumice.train.stages import StageSpec
 
     model, names, source = recipe.model, recipe.model.vision, recipe.model.connector_from
     find = find or resolve_backbone
@@ -66,17 +67,7 @@ def _stage_spec(
         final_system=model.system,
         train={part: float(rate) for part, rate in stage.train.items()},
         lora=None if stage.lora is None else _lora(stage.lora),
-        data=tuple(
-            DataSpec(
-                path=data / entry.path,
-                images=None if entry.images is None else data / entry.images,
-                weight=entry.weight,
-                cap=entry.cap,
-                kind=entry.kind,
-                question=entry.question,
-            )
-            for entry in stage.data
-        ),
+        data=tuple(_data_spec(entry, data) for entry in stage.data),
         steps=stage.steps,
         epochs=stage.epochs,
         batch_size=stage.batch_size,
@@ -89,8 +80,23 @@ def _stage_spec(
         group_by_modality=stage.group_by_modality,
         packing=None if stage.packing is None else Packing(**stage.packing.model_dump()),
         micro_batch_size=stage.micro_batch_size,
+        checkpointing=stage.checkpointing,
+        compile=stage.compile,
         seed=recipe.seed,
         watchdog_minutes=stage.watchdog_minutes,
+    )
+
+
+def _data_spec(entry: DataFile, data: Path) -> DataSpec:
+    from pumice.train.stages import DataSpec
+
+    return DataSpec(
+        path=data / entry.path,
+        images=None if entry.images is None else data / entry.images,
+        weight=entry.weight,
+        cap=entry.cap,
+        kind=entry.kind,
+        question=entry.question,
     )
 
 

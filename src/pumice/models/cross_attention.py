@@ -370,9 +370,9 @@ def decoder_blocks(language: LanguageModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == blocks:
             return module
     raise PumiceError(
-        f"gated cross-attention needs the blocks of the language model, and no list of {blocks} "
-        f"blocks was found in {type(language.model).__name__}. Decoders such as Llama, Qwen, Phi "
-        f"and Gemma are allowed; choose one, or another connector."
+        f"the blocks of the language model are needed (gated cross-attention, checkpointing, "
+        f"compile), and no list of {blocks} blocks was found in {type(language.model).__name__}. "
+        f"Decoders such as Llama, Qwen, Phi and Gemma are allowed; choose one, or go without."
     )
 
 

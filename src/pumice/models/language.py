@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pumice.core.errors import PumiceError
 from pumice.models.head_loss import PIECE, has_plain_head, head_loss
+from pumice.models.packed_attention import Documents
 from pumice.models.pretrained import (
     default_attention,
     load_pretrained,
@@ -118,7 +119,7 @@ class LanguageModel(nn.Module):
         extra: dict[str, Any] = {"logits_to_keep": keep} if gathers else {}
         if documents is not None:
             assert attention_mask is None and cache is None
-            extra["documents"] = tuple(documents)
+            extra["documents"] = Documents(documents)
         with nullcontext() if head else self._headless():
             logits: torch.Tensor = self.model(
                 inputs_embeds=inputs_embeds,

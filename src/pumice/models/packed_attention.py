@@ -29,6 +29,18 @@ _TOLERANCE = {torch.float32: 1e-3}
 _COARSE = 5e-2
 
 
+class Documents:
+    """The lengths of a row's documents, which torch.compile does not look into.
+
+    A tuple of numbers would be compiled for, anew for each row.
+    """
+
+    __slots__ = ("lengths",)
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+
+
 def document_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -40,7 +52,7 @@ def document_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    documents: Sequence[int] | None = None,
+    documents: Documents | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """float[1, H, T, Dh], twice float[1, Hk, T, Dh] -> float[1, T, H, Dh], causal in each document.
@@ -57,7 +69,7 @@ def document_attention(
     wanted, groups = value.dtype, query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    lengths = [query.shape[2]] if documents is None else list(documents)
+    lengths = [query.shape[2]] if documents is None else documents.lengths
     query, key, value = _in_one_precision(query, key, value)
     mixed = []
     with torch.autocast(query.device.type, enabled=False):

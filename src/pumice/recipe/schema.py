@@ -131,6 +131,11 @@ class Stage(Section):
     """So many conversations of a step are computed at a time; null for all of them."""
     watchdog_minutes: PositiveFloat | None = 30.0
     """A step that takes longer ends the run and names its samples; null waits for ever."""
+    checkpointing: Annotated[str, Field(pattern=r"^(none|blocks|every_[1-9]\d*)$")] = "none"
+    """Blocks that are computed again in the backward pass, to save memory: `blocks` for each,
+    `every_2` for every second one, ..."""
+    compile: bool = False
+    """The language model's blocks through torch.compile; needs a compiler."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -229,6 +234,8 @@ class Published(Section):
 
     hardware: str = ""
     hours: dict[Literal["align", "tune"], PositiveFloat] = {}
+    rows: dict[Literal["align", "tune"], PositiveInt] = {}
+    """Of the data of each stage."""
     scores: dict[str, float]
     note: str = ""
 

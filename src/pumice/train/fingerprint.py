@@ -13,11 +13,11 @@ from pumice.core.shipped import SHIPPED_DIR
 if TYPE_CHECKING:
     from pumice.train.stages import DataSpec, StageSpec
 
-# They decide how often a stage is saved, how fast it reads and how long it waits, not what it
-# computes.
-_FREE = ("workers", "save_every", "watchdog_minutes")
+# They decide how often a stage is saved, how fast it reads, how long it waits and what it keeps in
+# memory, not what it computes.
+_FREE = ("workers", "save_every", "watchdog_minutes", "checkpointing")
 # A stage that does not use these is named as it was before there was such a choice.
-_LATER = {"packing": None, "micro_batch_size": None, "group_by_modality": False}
+_LATER = {"packing": None, "micro_batch_size": None, "group_by_modality": False, "compile": False}
 # Small files of a backbone that decide what is computed, where a folder has them.
 _READ_WHOLE = (
     "config.json",

@@ -43,17 +43,26 @@ def training_device() -> torch.device:
 class SharedModel:
     """The model of a stage as its processes hold it; with one process it is the model itself."""
 
-    def __init__(self, lmm: LMM, group: Processes = ALONE) -> None:
+    def __init__(
+        self,
+        lmm: LMM,
+        group: Processes = ALONE,
+        *,
+        checkpointing: str = "none",
+        compiled: bool = False,
+    ) -> None:
         """Shares `lmm` out, in place, and puts it where it is trained."""
         self.lmm, self.group = lmm, group
         self.half = mixed_precision_pays()
         """Whether it computes in bfloat16; its weights and what the optimizer keeps are float32."""
         device = training_device()
         if group.size == 1:
-            lmm.to(device)
+            _prepare_blocks(lmm.to(device), checkpointing, compiled)
             return
         # Its structure, to be filled when training is over; nobody else needs it.
         self._outline = _outline(lmm) if group.is_main else None
+        # Only now: a copy of a wrapped block would compute with the block it was copied from.
+        _prepare_blocks(lmm, checkpointing, compiled, device.type)
         learns = {name for name in ("vision", "connector") if _learns(lmm.part(name))}
         lmm.always_looks = bool(learns)
         # It computes with the model to find out, which later is for all processes alike to do.
@@ -75,6 +84,17 @@ class SharedModel:
             return None
         # Buffers are shared with the model that was trained, and may be on its GPU.
         return self._outline.to("cpu")
+
+
+def _prepare_blocks(
+    lmm: LMM, checkpointing: str, compiled: bool, device: str | None = None
+) -> None:
+    from pumice.models.compiled import compile_blocks
+    from pumice.models.recompute import checkpoint_blocks
+
+    if compiled:
+        compile_blocks(lmm, device or lmm.device.type)
+    checkpoint_blocks(lmm, checkpointing)
 
 
 def gathered(module: nn.Module) -> Iterator[torch.Tensor]:

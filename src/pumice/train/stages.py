@@ -108,6 +108,8 @@ class StageSpec:
     group_by_modality: bool = False
     packing: Packing | None = None
     micro_batch_size: int | None = None
+    checkpointing: str = "none"
+    compile: bool = False
     seed: int = 0
     workers: int = 1
     save_every: int = 500
@@ -165,7 +167,7 @@ def run_stage(
     if spec.packing is not None:
         attend_to_documents(lmm.language)
     before = weight_hashes(lmm, PARTS) if group.is_main else {}
-    model = SharedModel(lmm, group)
+    model = SharedModel(lmm, group, checkpointing=spec.checkpointing, compiled=spec.compile)
     if "vision" not in spec.train:
         lmm.vision.use_cache(features)
     trainer = Trainer(spec, model, loader, out, fingerprint=fingerprint)

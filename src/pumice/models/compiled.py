@@ -1,0 +1,49 @@
+"""torch.compile for the decoder's blocks, one block at a time: they are alike and compile once."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from transformers import AttentionInterface
+
+from pumice.core.errors import PumiceError
+from pumice.models.cross_attention import decoder_blocks
+from pumice.models.lmm import LMM
+from pumice.models.packed_attention import NAME, document_attention
+
+
+def compile_blocks(lmm: LMM, device: str) -> None:
+    """Compile the blocks of the language model for rows of any length, or refuse with the reason.
+
+    `device` is the type of the device it will compute on.
+
+    The first steps take minutes longer. Attention over packed rows stays outside: its number of
+    documents is another one in each row, and each would be compiled anew.
+    """
+    _check_compiler(device)
+    AttentionInterface.register(NAME, torch.compiler.disable(document_attention))  # type: ignore[no-untyped-call]
+    for block in decoder_blocks(lmm.language):
+        # The method, not the module: what wraps it later (checkpointing, hooks) stays outside.
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def _check_compiler(device: str) -> None:
+    if device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            found = shutil.which(get_cpp_compiler()) is not None
+        except (InvalidCxxCompiler, RuntimeError):
+            found = False
+        needed = "a C++ compiler (g++ or clang++; the environment variable CXX names another)"
+    else:
+        from torch.utils._triton import has_triton
+
+        found, needed = has_triton(), "Triton, which comes with torch for NVIDIA and AMD GPUs"
+    if not found:
+        raise PumiceError(
+            f"compile is true, and torch.compile needs {needed} for the device {device}, which is "
+            f"not there. Install it, or set compile to false."
+        )
