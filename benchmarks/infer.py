@@ -37,7 +37,7 @@ from pumice.models.config import LMMConfig
 from pumice.models.constants import IMAGE_ID
 from pumice.models.lmm import LMM
 from pumice.models.pretrained import config_to_dict
-from pumice.models.quantize import quantize_language
+from pumice.models.quantize import pack_for_cpu, quantize_language
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
 
@@ -252,6 +252,7 @@ def quantized(lmm: LMM, method: Any) -> LMM:
     """A copy with the language model's linear layers in 8 bits."""
     twin = copy.deepcopy(lmm)
     quantize_language(twin.language, method)
+    pack_for_cpu(twin.language)
     return twin.eval()
 
 

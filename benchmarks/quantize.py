@@ -194,7 +194,7 @@ def speed(directory: Path, rounds: int) -> dict[str, Any]:
     models = {}
     for way, (dtype, quantize) in WAYS.items():
         models[way] = load_lmm(directory, dtype=dtype, quantize=quantize)  # type: ignore[arg-type]
-        pack_for_cpu(models[way])
+        pack_for_cpu(models[way].language)
         assert all(layer.packed for layer in quantized_layers(models[way])) or quantize != "int4"
     times: dict[str, dict[str, list[float]]] = {way: {"prompt": [], "token": []} for way in WAYS}
     for _ in range(rounds + 1):

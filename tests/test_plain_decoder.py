@@ -80,7 +80,7 @@ def test_it_computes_what_transformers_computes(
 def test_quantised_layers_are_used_as_they_are(lmm: LMM, processor: Processor, method: Any) -> None:
     requests = [Request((user(text),), Sampling(max_new_tokens=12)) for text in ("what", "a red")]
     quantize_language(lmm.language, method)
-    pack_for_cpu(lmm)
+    pack_for_cpu(lmm.language)
     fast = Engine(lmm, processor)
     results = fast.generate(requests)
     assert isinstance(fast._decoder, PlainDecoder)

@@ -21,6 +21,7 @@ from pumice.models.quantize import (
     METHODS,
     Method,
     QuantizedLinear,
+    merged,
     pack_for_cpu,
     quantize_language,
     quantized_as,
@@ -79,13 +80,16 @@ def test_the_product_is_that_of_the_stored_weight(
         assert (got.float() - wanted).norm() <= bound * wanted.norm()
         # Packed for the CPU, int4 multiplies in bfloat16.
         made.pack()
-        bound = 1e-2 if made.packed else bound
-    assert made.packed == (method == "int4")
+        bound = 1e-2 if method == "int4" else bound
+    assert made.packed
 
 
-def test_an_int8_product_does_not_depend_on_its_neighbours() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_int8_product_does_not_depend_on_its_neighbours(packed: bool) -> None:
     made, _ = layer("int8")
     x = torch.randn(5, 128)
+    if packed:
+        made.pack()
     with torch.no_grad():
         alone = torch.cat([made(row.unsqueeze(0)) for row in x])
         assert torch.equal(made(x), alone)
@@ -247,7 +251,7 @@ def test_a_quantised_model_answers_and_cannot_be_saved(
     root: Path, tmp_path: Path, run: Run, method: Method
 ) -> None:
     model = load(root / "model", quantize=method)
-    assert len(quantized_layers(model.lmm)) == 14
+    assert len(quantized_layers(model.lmm)) == 15  # the head among them
     images = [root / "0.png"]
     result = model.ask("what is in a?", images, max_new_tokens=8)
     streamed = "".join(model.stream("what is in a?", images, max_new_tokens=8))
@@ -268,9 +272,48 @@ def test_the_command_refuses_an_unknown_method(root: Path, run: Run) -> None:
     assert code == 2 and "known: int8, int4" in err
 
 
-def test_pack_for_cpu_leaves_other_layers_alone(folder: Path) -> None:
+def test_pack_for_cpu_leaves_a_model_in_full_precision_alone(folder: Path) -> None:
     language = LanguageModel.from_folder(folder)
     pack_for_cpu(language)
-    quantize_language(language, "int8")
-    pack_for_cpu(language)
-    assert not any(made.packed for made in quantized_layers(language))
+    assert not quantized_layers(language)
+
+
+def test_packed_int8_codes_come_back() -> None:
+    made, _ = layer("int8", bias=True)
+    codes, weight = made.weight.clone(), made.dequantized()
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        plain = made(x)
+        made.pack()
+        assert made.packed and made.weight.numel() == 0
+        packed = made(x)
+    assert torch.equal(made.codes, codes) and torch.equal(made.dequantized(), weight)
+    # Both are the exact product to what their digits leave out.
+    assert (packed - plain).norm() <= 3e-4 * plain.norm()
+    made.to(torch.float32)
+    assert not made.packed and torch.equal(made.weight, codes)
+
+
+def test_packed_for_the_cpu_the_head_is_int8_too(root: Path) -> None:
+    for method in METHODS:
+        lmm = load_lmm(root / "model", quantize=method)
+        head = lmm.language.model.lm_head.weight.detach().clone()  # type: ignore[union-attr]
+        pack_for_cpu(lmm.language)
+        made = lmm.language.model.get_output_embeddings()  # type: ignore[operator]
+        assert isinstance(made, QuantizedLinear) and made.method == "int8"
+        step = head.abs().amax(dim=1, keepdim=True) / 127
+        assert ((made.dequantized() - head).abs() <= step * 0.501).all()
+        # The embeddings that the head was tied to are what they were.
+        assert torch.equal(lmm.language.token_embeddings, head)
+        assert all(layer.packed for layer in quantized_layers(lmm))
+
+
+def test_merged_layers_say_what_each_says() -> None:
+    layers = [layer("int8", outputs=size, bias=True)[0] for size in (32, 16, 48)]
+    for made in layers:
+        made.pack()
+    order = torch.randperm(96)
+    x = torch.randn(4, 128)
+    with torch.no_grad():
+        wanted = torch.cat([made(x) for made in layers], -1)[:, order]
+        assert torch.equal(merged(layers, order)(x), wanted)

@@ -109,7 +109,7 @@ def load(
         template=template,
         keep_adapter=adapter == "keep",
     )
-    pack_for_cpu(lmm)
+    pack_for_cpu(lmm.language)
     return Model(lmm, processor, max_batch)
 
 

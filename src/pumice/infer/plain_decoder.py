@@ -63,7 +63,8 @@ class PlainDecoder:
         self._rotary: Any = model.model.rotary_emb
         self._heads: int = config.num_attention_heads
         self._key_heads: int = config.num_key_value_heads
-        self._blocks = [_block(layer) for layer in model.model.layers]
+        copies = _copied_bytes(lmm.language.model) <= _MOST_BYTES
+        self._blocks = [_block(layer, copies) for layer in model.model.layers]
         self._norm = Norm(model.model.norm)
         self._head = product([model.lm_head])
         self._width: int = model.model.layers[0].self_attn.head_dim
@@ -224,8 +225,17 @@ def _fits(lmm: LMM) -> bool:
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
         return False
-    copied = sum(2 * m.weight.numel() * 4 for m in linears if type(m) is nn.Linear)
-    return copied <= _MOST_BYTES and len(linears) == 7 * config.num_hidden_layers + 1
+    plain = any(type(m) is nn.Linear for m in linears)
+    if plain and _copied_bytes(language.model) > _MOST_BYTES:
+        return False
+    wanted: int = 7 * config.num_hidden_layers + 1
+    return len(linears) == wanted
+
+
+def _copied_bytes(model: nn.Module) -> int:
+    """What copies of its linear layers take: twice in float32, or once in 8 bits."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return sum(m.in_features * m.out_features * (8 if type(m) is nn.Linear else 1) for m in linears)
 
 
 @torch.inference_mode()
@@ -249,7 +259,7 @@ def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
     return float((found[0] - found[1]).abs().max() / found[0].abs().max().clamp(min=1e-30))
 
 
-def _block(layer: Any) -> _Block:
+def _block(layer: Any, copies: bool) -> _Block:
     attention, feed = layer.self_attn, layer.mlp
     pairs = _pairs(attention.head_dim)
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -259,10 +269,10 @@ def _block(layer: Any) -> _Block:
     normed = hasattr(attention, "q_norm")
     return _Block(
         norm=Norm(layer.input_layernorm),
-        qkv=product(linears, order.to(linears[0].weight.device)),
+        qkv=product(linears, order.to(linears[0].weight.device), copies),
         out=product([attention.o_proj]),
         feed_norm=Norm(layer.post_attention_layernorm),
-        gate_up=product([feed.gate_proj, feed.up_proj]),
+        gate_up=product([feed.gate_proj, feed.up_proj], copies=copies),
         down=product([feed.down_proj]),
         activation=feed.act_fn.forward,
         scaling=attention.scaling,

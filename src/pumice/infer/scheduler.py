@@ -33,7 +33,7 @@ class Limits:
 
     max_batch: int
     """Rows that are read or in flight."""
-    prefill_chunk: int = 512
+    prefill_chunk: int = 2048
     """Prompt positions that are read before every row in flight gets its next token."""
     token_budget: int | None = None
     """Positions that the rows in flight may come to hold, padding among them; None for no limit."""
