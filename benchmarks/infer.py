@@ -1,11 +1,12 @@
 """The engine beside transformers' generate on identical weights: decoding, batches, shared images.
 
-    python benchmarks/infer.py --rounds 5
+    python benchmarks/infer.py --rounds 5 [--threads 2] [--llama-cpp]
 
-One thread, process CPU time, all contestants in turn round by round: the machine may be shared.
+One thread and process CPU time, all contestants in turn round by round: the machine may be shared.
+With more threads the clock is the wall's, and the machine must be idle.
 Models: the shipped pocket, and a random one of 64 million parameters (Llama 512 wide, 8 blocks,
 vocabulary 32,000; CLIP 256 wide, 6 blocks, 224 pixels). Tokens must be equal in float32, or there
-is no result. Writes benchmarks/results/infer.json.
+is no result. Writes benchmarks/results/infer.json (infer_2_threads.json).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
 
 RESULTS = Path(__file__).resolve().parent / "results" / "infer.json"
+OTHER_RESULTS = str(RESULTS.with_name("infer_{}_threads.json"))
 NEW = 64
 LENGTHS = (8, 16, 24, 32, 40, 48, 56, 64)
 QUESTIONS = 8
@@ -51,14 +53,18 @@ def main() -> None:
     """Measure both models and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--llama-cpp", action="store_true", help="beside llama.cpp too")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    threads = arguments.threads
+    torch.set_num_threads(threads)
     record: dict[str, Any] = {
-        "command": f"python benchmarks/infer.py --rounds {arguments.rounds}",
+        "command": f"python benchmarks/infer.py --rounds {arguments.rounds} --threads {threads}"
+        + " --llama-cpp" * arguments.llama_cpp,
         "machine": machine(),
-        "clock": "CPU seconds of the process",
+        "clock": "CPU seconds of the process" if threads == 1 else "seconds",
         "read_gbyte_per_s": read_gbytes(),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -67,14 +73,25 @@ def main() -> None:
             "pocket": (pocket.lmm, pocket.processor),
             "random 64M": mid_size(Path(folder)),
         }.items():
-            record[name] = measure(lmm, processor, arguments.rounds)
-    arguments.out.write_text(json.dumps(rounded(record), indent=1) + "\n")
+            record[name] = measure(lmm, processor, arguments.rounds, arguments.llama_cpp)
+            decode = record[name]["decode_batch_1"]
+            share = decode["weights_read_gbyte_per_s"] / record["read_gbyte_per_s"]
+            decode["share_of_read_bandwidth"] = share
+    out = arguments.out or (RESULTS if threads == 1 else OTHER_RESULTS.format(threads))
+    Path(out).write_text(json.dumps(rounded(record), indent=1) + "\n")
 
 
-def measure(lmm: LMM, processor: Processor, rounds: int) -> dict[str, Any]:
+def clock() -> float:
+    """CPU seconds of this process; with several threads, which share them, those of the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def measure(lmm: LMM, processor: Processor, rounds: int, llama_cpp: bool) -> dict[str, Any]:
     """All parts for one model; float32 first, int8 beside it."""
     bench = Bench(lmm, processor, rounds)
+    beside = {"decode_beside_llama_cpp": bench.beside_llama_cpp()} if llama_cpp else {}
     return {
+        **beside,
         "decode_batch_1": bench.decode(),
         "batch_8_mixed_lengths": bench.mixed(),
         "questions_8_an_image": bench.questions(),
@@ -146,9 +163,9 @@ class Bench:
         names = list(work)
         for number in range(self.rounds):
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                start = time.process_time()
+                start = clock()
                 work[name]()
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
         return seconds
 
     def decode(self) -> dict[str, Any]:
@@ -167,13 +184,7 @@ class Bench:
             work[f"pumice int8 {new}"] = lambda new=new: eight.generate([requests[new]])
             work[f"transformers {new}"] = lambda new=new: self.generate(inputs, new)
         seconds = self.interleave(work)
-        rates = {
-            name: [
-                (NEW - 1) / (long - short)
-                for long, short in zip(seconds[f"{name} {NEW}"], seconds[f"{name} 1"], strict=True)
-            ]
-            for name in ("pumice", "pumice int8", "transformers")
-        }
+        rates = token_rates(seconds, ("pumice", "pumice int8", "transformers"))
         weights = sum(p.numel() for p in self.lmm.language.parameters()) * 4
         if not self.lmm.language.config.tie_word_embeddings:
             weights -= self.lmm.language.token_embeddings.numel() * 4
@@ -183,6 +194,25 @@ class Bench:
             "float32_over_transformers": ratio(rates["pumice"], rates["transformers"]),
             "int8_over_float32": ratio(rates["pumice int8"], rates["pumice"]),
             "weights_read_gbyte_per_s": weights * rate / 1e9,
+        }
+
+    def beside_llama_cpp(self) -> dict[str, Any]:
+        """Tokens a second of both decoders behind a prompt of text, at equal precision."""
+        from llama_cpp_decode import contestants
+
+        eight = quantized(self.lmm, "int8")
+        work, alike = contestants(self.lmm, eight, NEW, torch.get_num_threads())
+        if alike["llama.cpp f32"] != NEW:
+            raise AssertionError(f"{alike['llama.cpp f32']} of {NEW} tokens are equal")
+        seconds = self.interleave(work)
+        rates = token_rates(seconds, tuple(alike))
+        read = {name: statistics.median(seconds[f"{name} 1"]) * 1e3 for name in alike}
+        return {
+            "tokens_per_s": {name: statistics.median(found) for name, found in rates.items()},
+            "prompt_ms": read,
+            "float32_over_llama_cpp": ratio(rates["pumice"], rates["llama.cpp f32"]),
+            "int8_over_llama_cpp": ratio(rates["pumice int8"], rates["llama.cpp q8_0"]),
+            "tokens_as_in_float32": alike,
         }
 
     def mixed(self) -> dict[str, Any]:
@@ -239,12 +269,12 @@ class Bench:
                     scheduler.add(engine.row(self.request(other, 1, 200)))
                 while others and len(scheduler.running.rows) < others:
                     scheduler.step()
-                start = time.process_time()
+                start = clock()
                 row = engine.row(self.request(100 + number, 0, 2))
                 scheduler.add(row)
                 while not row.answer.new_tokens:
                     scheduler.step()
-                found[name].append(time.process_time() - start)
+                found[name].append(clock() - start)
         return {f"{name}_ms": statistics.median(times) * 1e3 for name, times in found.items()}
 
 
@@ -260,6 +290,17 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     """How many times the first is the second: median, least and largest over rounds."""
     found = [a / b for a, b in zip(one, other, strict=True)]
     return {"median": statistics.median(found), "least": min(found), "largest": max(found)}
+
+
+def token_rates(seconds: dict[str, list[float]], names: Sequence[str]) -> dict[str, list[float]]:
+    """Tokens a second in each round, of what is timed as "NAME 1" and as "NAME 64" tokens."""
+    return {
+        name: [
+            (NEW - 1) / (long - short)
+            for long, short in zip(seconds[f"{name} {NEW}"], seconds[f"{name} 1"], strict=True)
+        ]
+        for name in names
+    }
 
 
 def throughput(seconds: dict[str, list[float]], count: int, unit: str) -> dict[str, Any]:
@@ -280,9 +321,9 @@ def read_gbytes() -> float:
     table, vector = torch.ones(1024, 65536), torch.ones(1, 1024)
     best = 0.0
     for _ in range(7):
-        start = time.process_time()
+        start = clock()
         torch.mm(vector, table)
-        best = max(best, table.numel() * 4 / 1e9 / (time.process_time() - start))
+        best = max(best, table.numel() * 4 / 1e9 / (clock() - start))
     return best
 
 

@@ -154,3 +154,7 @@ class Prediction:
     score: float | None
     error: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as an object; `extra` is the prediction's own, no copy (asdict makes many)."""
+        return {name: getattr(self, name) for name in self.__slots__}

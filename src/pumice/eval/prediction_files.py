@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class PredictionFiles:
     def settle(self, rows: Mapping[str, Row]) -> None:
         """Makes predictions.jsonl hold these rows in the items' order; the processes' files go."""
         lines = [
-            json.dumps(asdict(rows[item.id].prediction), ensure_ascii=False) + "\n"
+            json.dumps(rows[item.id].prediction.to_dict(), ensure_ascii=False) + "\n"
             for item in self.items
             if item.id in rows
         ]

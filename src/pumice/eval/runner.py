@@ -248,7 +248,7 @@ def _ask(
                 return
             row = files.row(by_id[result.id], result)
             rows[result.id] = row
-            writer.write(asdict(row.prediction))
+            writer.write(row.prediction.to_dict())
             bar.update(1)
 
         for start in range(0, len(items), CALL_SIZE):

@@ -46,12 +46,17 @@ class Dense:
         """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
         if self._blocks is not None and x.shape[0] > 1:
             return _several(x, self._blocks, self._bias, plus)
-        if plus is not None:
-            out = torch.addmm(plus, x, self._weight)
-            return out if self._bias is None else out.add_(self._bias)
-        if self._bias is None:
-            return x @ self._weight
-        return torch.addmm(self._bias, x, self._weight)
+        if plus is None:
+            return (
+                x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
+            )
+        # One row as a vector: of a tall matrix MKL reads more in a second so.
+        out = (
+            torch.addmv(plus[0], self._weight.t(), x[0]).unsqueeze(0)
+            if x.shape[0] == 1
+            else torch.addmm(plus, x, self._weight)
+        )
+        return out if self._bias is None else out.add_(self._bias)
 
 
 class Quantized:
