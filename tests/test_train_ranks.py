@@ -18,6 +18,7 @@ from pumice.data.packing import Packing
 from pumice.train.adapters import LoraTraining
 from pumice.train.build import build_loader, stage_processor
 from pumice.train.stages import DataSpec
+from pumice.train.validation import ValidationSpec
 from pumice.world.datasets import make_world
 from stage_specs import align_spec, tune_spec
 from training_jobs import Job, run_job, write_jobs
@@ -49,9 +50,10 @@ def jobs_of(root: Path) -> dict[str, Job]:
     every = dict.fromkeys(("vision", "connector", "language"), 1e-3)
     gated = {"connector": "gated_cross_attention", "connector_options": {"every": 1, "queries": 4}}
     tiles = {"image_mode": "hd", "tiling": {"max_tiles": 4}, "micro_batch_size": 1}
+    held = ValidationSpec(fraction=0.3, every=2, rows=4, probes=1)
     specs: dict[str, dict[str, Any]] = {
-        "align": {**text, **chat},
-        "vision": {**text, **chat, "train": every},
+        "align": {**text, **chat, "validation": held},
+        "vision": {**text, **chat, "train": every, "checkpointing": "blocks"},
         "gated": {**text, **chat, **gated, "train": {"connector": 1e-2}},
         "tiles": {**chat, **tiles, "data": tune.data, "steps": 3},
     }
@@ -142,6 +144,17 @@ def test_two_processes_train_as_one(name: str, root: Path) -> None:
     assert {f.name for f in (one / "align").glob("*")} == {
         f.name for f in (two / "align").glob("*")
     }
+
+
+def test_two_processes_look_at_the_held_out_rows_as_one(root: Path) -> None:
+    one, two = (
+        [row["validation"] for row in metrics(root / ranks / "align") if "validation" in row]
+        for ranks in ("ranks-1", "ranks-2")
+    )
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a["rows"] == b["rows"] and a["probe"] == b["probe"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_a_step_is_the_same_however_many_compute_it_in_pieces(root: Path) -> None:

@@ -65,7 +65,8 @@ def report_run(
         recipe=resolved_yaml(recipe),
         facts=_facts(recipe, results),
         costs=_costs(results, seconds),
-        footnotes=[f"{own.benchmark}: {line}" for own in scores for line in own.notes],
+        footnotes=[f"{own.benchmark}: {line}" for own in scores for line in own.notes]
+        + _probe_lines(results),
     )
     write_report(path, page)
     return path
@@ -77,6 +78,9 @@ def _curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
     if metrics.is_file():
         for _, row in read_jsonl(metrics, allow_cut_tail=True):
             curves[row["stage"]].append((row["step"], row["loss"]))
+            if "validation" in row:
+                held = f"{row['stage']}, held out"
+                curves[held].append((row["step"], row["validation"]["loss"]))
     return dict(curves)
 
 
@@ -132,6 +136,7 @@ def _facts(recipe: Recipe, results: Sequence[StageResult]) -> dict[str, str]:
         "Model": f"{model.vision} + {model.connector} + {model.language}",
         "Checkpoint": str(results[-1].checkpoint),
         "Data": "; ".join(_data_cards(results)),
+        **_validation_facts(results),
         "Seed": str(recipe.seed),
         "Made with": f"pumice {pumice.__version__}, Python {platform.python_version()}",
     }
@@ -143,6 +148,35 @@ def _data_cards(results: Sequence[StageResult]) -> list[str]:
     # A stage of an older version says nothing of its data.
     cards = [card_text(entry) for record in records for entry in record.get("data", [])]
     return list(dict.fromkeys(cards)) or ["not recorded"]
+
+
+def _validations(results: Sequence[StageResult]) -> list[tuple[str, dict[str, Any]]]:
+    """The last look at the held-out rows of each stage that has some."""
+    records = [read_json(result.checkpoint / "training.json") for result in results]
+    return [(r["stage"], r["validation"]) for r in records if r.get("validation")]
+
+
+def _validation_facts(results: Sequence[StageResult]) -> dict[str, str]:
+    from pumice.train.validation import warning
+
+    facts: dict[str, str] = {}
+    for stage, found in _validations(results):
+        words = f"loss {found['loss']:.3f} on {found['rows']} rows"
+        if found["gap"] is not None:
+            words += f", {found['shuffled_loss']:.3f} with other images"
+        facts[f"Held out, {stage}"] = words
+        if found["image_not_used"]:
+            facts[f"WARNING, {stage}"] = warning(stage, found)
+    return facts
+
+
+def _probe_lines(results: Sequence[StageResult]) -> list[str]:
+    return [
+        f"{stage}, held out {entry['id']}: {entry['question']!r} is answered {entry['said']!r} "
+        f"(wanted: {entry['wanted']!r})"
+        for stage, found in _validations(results)
+        for entry in found["probe"]
+    ]
 
 
 def _costs(results: Sequence[StageResult], seconds: float) -> list[dict[str, str]]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pumice.recipe.schema import DataFile, Lora, Recipe, Stage
+    from pumice.recipe.schema import DataFile, Lora, Recipe, Stage, Validation
     from pumice.train.adapters import LoraTraining
     from pumice.train.stages import DataSpec, StageSpec
+    from pumice.train.validation import ValidationSpec
 
 
 def stage_specs(
@@ -82,9 +83,16 @@ def _stage_spec(
         micro_batch_size=stage.micro_batch_size,
         checkpointing=stage.checkpointing,
         compile=stage.compile,
+        validation=None if stage.validation is None else _validation(stage.validation),
         seed=recipe.seed,
         watchdog_minutes=stage.watchdog_minutes,
     )
+
+
+def _validation(chosen: Validation) -> ValidationSpec:
+    from pumice.train.validation import ValidationSpec
+
+    return ValidationSpec(**chosen.model_dump())
 
 
 def _data_spec(entry: DataFile, data: Path) -> DataSpec:

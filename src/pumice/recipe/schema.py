@@ -105,6 +105,18 @@ class Packing(Section):
     """Views of images a row may hold (one an image, more where it is tiled); null for any."""
 
 
+class Validation(Section):
+    """Rows held out by the content of their images, and how often they are looked at."""
+
+    fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    every: PositiveInt = 200
+    """Steps from one look to the next; the last step has one in any case."""
+    rows: PositiveInt = 128
+    """So many of the held-out rows at most."""
+    probes: Annotated[int, Field(ge=0)] = 3
+    """Held-out questions whose generated answers stand in metrics.jsonl and report.html."""
+
+
 class Stage(Section):
     """One training stage. A part not named in `train`, or named with null, is frozen."""
 
@@ -134,6 +146,7 @@ class Stage(Section):
     checkpointing: Annotated[str, Field(pattern=r"^(none|blocks|every_[1-9]\d*)$")] = "none"
     """Blocks that are computed again in the backward pass, to save memory: `blocks` for each,
     `every_2` for every second one, ..."""
+    validation: Validation | None = None
     compile: bool = False
     """The language model's blocks through torch.compile; needs a compiler."""
 

@@ -13,14 +13,18 @@ from pumice.core.processes import ALONE, Processes
 from pumice.train.adapters import set_trained
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerFast
 
     from pumice.data.loader import Loader
+    from pumice.data.sources import Source
     from pumice.models.config import LMMConfig
     from pumice.models.lmm import LMM
     from pumice.models.tiling import TilingSpec
     from pumice.processing.processor import Processor
     from pumice.train.stages import StageSpec
+    from pumice.train.validation import Validator
 
 log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "language")
@@ -157,13 +161,22 @@ def _instruction_reader(
     return instruction_tokenizer(spec.connector_from)
 
 
-def build_loader(spec: StageSpec, processor: Processor, group: Processes = ALONE) -> Loader:
-    """The batches of the stage; of several processes each gets its share of every step."""
+def build_loader(
+    spec: StageSpec,
+    processor: Processor,
+    group: Processes = ALONE,
+    sources: Sequence[Source] | None = None,
+) -> Loader:
+    """The batches of the stage; of several processes each gets its share of every step.
+
+    `sources` are those of the spec, or what is left of each to train on.
+    """
     from pumice.data.lengths import RowSizes
     from pumice.data.loader import Loader
     from pumice.data.mixture import Mixture, Part
 
-    parts = [Part(entry.open(), entry.weight, entry.cap) for entry in spec.data]
+    opened = sources or [entry.open() for entry in spec.data]
+    parts = [Part(s, e.weight, e.cap) for s, e in zip(opened, spec.data, strict=True)]
     mixture = Mixture(parts, spec.seed)
     return Loader(
         mixture, processor, spec.batch_size, seed=spec.seed, workers=spec.workers,
@@ -174,6 +187,20 @@ def build_loader(spec: StageSpec, processor: Processor, group: Processes = ALONE
         ),
         rank=group.rank, world_size=group.size,
     )  # fmt: skip
+
+
+def build_data(
+    spec: StageSpec, processor: Processor, group: Processes = ALONE
+) -> tuple[Loader, Validator | None]:
+    """The batches, and what is held out of them where the stage validates."""
+    from pumice.data.held_out import split_sources
+    from pumice.train.validation import Validator
+
+    if spec.validation is None:
+        return build_loader(spec, processor, group), None
+    split = split_sources([entry.open() for entry in spec.data], spec.validation.fraction)
+    loader = build_loader(spec, processor, group, split.train)
+    return loader, Validator(spec.validation, processor, split.held, spec.max_tokens)
 
 
 def match_connector_scale(lmm: LMM, loader: Loader) -> None:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 # memory, not what it computes.
 _FREE = ("workers", "save_every", "watchdog_minutes", "checkpointing")
 # A stage that does not use these is named as it was before there was such a choice.
-_LATER = {"packing": None, "micro_batch_size": None, "group_by_modality": False, "compile": False}
+_LATER = {
+    "packing": None,
+    "micro_batch_size": None,
+    "group_by_modality": False,
+    "compile": False,
+    "validation": None,
+}
 # Small files of a backbone that decide what is computed, where a folder has them.
 _READ_WHOLE = (
     "config.json",

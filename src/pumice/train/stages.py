@@ -25,7 +25,7 @@ from pumice.train.adapters import (
 )
 from pumice.train.build import (
     PARTS,
-    build_loader,
+    build_data,
     build_model,
     build_processor,
     match_connector_scale,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pumice.models.feature_cache import FeatureCache
     from pumice.models.lmm import LMM
     from pumice.processing.processor import Processor
+    from pumice.train.validation import ValidationSpec
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class StageSpec:
     micro_batch_size: int | None = None
     checkpointing: str = "none"
     compile: bool = False
+    validation: ValidationSpec | None = None
     seed: int = 0
     workers: int = 1
     save_every: int = 500
@@ -158,7 +160,7 @@ def run_stage(
     lmm, new_output = build_model(spec)
     processor = build_processor(spec, lmm)
     with group.main_first():
-        loader = build_loader(spec, processor, group)
+        loader, validator = build_data(spec, processor, group)
     if new_output:
         match_connector_scale(lmm, loader)
     if spec.lora is not None:
@@ -170,7 +172,7 @@ def run_stage(
     model = SharedModel(lmm, group, checkpointing=spec.checkpointing, compiled=spec.compile)
     if "vision" not in spec.train:
         lmm.vision.use_cache(features)
-    trainer = Trainer(spec, model, loader, out, fingerprint=fingerprint)
+    trainer = Trainer(spec, model, loader, out, fingerprint=fingerprint, validator=validator)
     start = time.monotonic()
     report = trainer.run(resume=resume)
     trained = model.whole()
@@ -178,7 +180,8 @@ def run_stage(
     def finish() -> StageResult:
         assert trained is not None
         result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - start, **report)
-        _finish(spec, out, trained, before, result, fingerprint, processor, loader)
+        record = {"validation": trainer.validated} if validator is not None else {}
+        _finish(spec, out, trained, before, result, fingerprint, processor, loader, record)
         return result
 
     result = group.from_main(finish)
@@ -195,6 +198,7 @@ def _finish(
     fingerprint: str,
     processor: Processor,
     loader: Loader,
+    record: dict[str, Any],
 ) -> None:
     """Check what moved, and write the checkpoint with the record of how it was made."""
     after = weight_hashes(lmm, PARTS)
@@ -207,6 +211,7 @@ def _finish(
         "parts": {n: {"before": before[n], "after": after[n], "moved": before[n] != after[n]}
                   for n in before},
         "result": {k: v for k, v in asdict(result).items() if k != "checkpoint"},
+        **record,
     }  # fmt: skip
     final = processor.with_template(spec.final_template, spec.final_system)
     _save(result.checkpoint, lmm, spec, final, training, loader)

@@ -22,16 +22,19 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.files import JsonlWriter, write_json
 from pumice.core.progress import Progress, progress
+from pumice.data.held_out import Subset
 from pumice.train.metrics import keep_until, peak_memory_bytes
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from pumice.train.parallel import SharedModel, whole_tensor
 from pumice.train.state import States
+from pumice.train.validation import warning
 from pumice.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pumice.data.loader import Loader
     from pumice.processing.collate import Batch
     from pumice.train.stages import StageSpec
+    from pumice.train.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,14 @@ class Trainer:
     """Runs the steps of one stage, in each of the processes that share it."""
 
     def __init__(
-        self, spec: StageSpec, model: SharedModel, loader: Loader, out: Path, *, fingerprint: str
+        self,
+        spec: StageSpec,
+        model: SharedModel,
+        loader: Loader,
+        out: Path,
+        *,
+        fingerprint: str,
+        validator: Validator | None = None,
     ) -> None:
         self.spec, self.lmm, self.loader, self.out = spec, model.lmm, loader, out
         self.group = model.group
@@ -52,6 +62,9 @@ class Trainer:
         folder = out / f"{spec.name}.states"
         self.states = States(folder, self.lmm, self.optimizer, fingerprint, self.group)
         self.autocast = model.half
+        self.validator = validator
+        self.validated: dict[str, Any] | None = None
+        """What the last look at the held-out rows found."""
         self.supervised = 0
         self.losses: list[float] = []
         self._stop = False
@@ -104,6 +117,9 @@ class Trainer:
                 waited = time.monotonic() - clock
                 watchdog.at(step, "computing, or waiting for another process", _ids_of(batches))
                 row = self._step(step, batches)
+                if self.validator is not None and self.validator.due(step + 1, self.total):
+                    watchdog.at(step, "validating", list)
+                    row["validation"] = self._validate(self.validator, step + 1)
                 now = time.monotonic()
                 row |= {"seconds": round(now - clock, 4), "data_seconds": round(waited, 4)}
                 clock = now
@@ -111,6 +127,13 @@ class Trainer:
                     writer.write(row)
                 bar.update(1, loss=row["loss"])
                 self._keep(step + 1)
+
+    def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
+        figures = validator(self.lmm, done, self.total, self.spec.warmup, self.autocast)
+        self.validated = {"step": done, **figures}
+        if figures["image_not_used"]:
+            log.warning(warning(self.spec.name, figures))
+        return figures
 
     def _keep(self, done: int) -> None:
         """Saves what must be saved after so many steps, and stops where a process was asked to."""
@@ -184,9 +207,14 @@ class Trainer:
 
     def _rows_of(self, step: int) -> Callable[[], list[str]]:
         """Names the rows of a step that are still being read, by file and number."""
-        sources = [entry.path.name for entry in self.spec.data]
-        rows = self.loader.rows_at
-        return lambda: [f"{sources[source]} row {row}" for source, row in rows(step)]
+        names = [entry.path.name for entry in self.spec.data]
+        parts = self.loader.mixture.parts
+
+        def told(source: int, row: int) -> str:
+            part = parts[source].source
+            return f"{names[source]} row {part.rows[row] if isinstance(part, Subset) else row}"
+
+        return lambda: [told(*row) for row in self.loader.rows_at(step)]
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
