@@ -196,5 +196,8 @@ def test_nothing_is_kept_when_nothing_may_be(
 ) -> None:
     engine = Engine(lmm, processor, prefix_bytes=0, feature_bytes=0)
     requests = questions(pictures)
+    waits = [Request(one.messages, Sampling(max_new_tokens=1)) for one in requests[:4]]
+    engine.generate(waits)
+    assert engine.memory.totals.steps == 1  # nobody waits for a beginning that is not kept
     assert engine.generate(requests) == Engine(lmm, processor).generate(requests)
     assert engine.memory.prefixes.bytes == 0 and not engine.memory.totals.reused_tokens

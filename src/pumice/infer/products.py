@@ -17,6 +17,8 @@ from pumice.models.quantize import QuantizedLinear, merged
 
 # Rows for which oneDNN orders the weights; it orders them for more rows in the same way.
 _ROWS = 32
+# Multiplications below which calling oneDNN costs more than it saves (10 us a call).
+_WORTH_A_CALL = 1_500_000
 
 
 class Product(Protocol):
@@ -41,10 +43,11 @@ class Dense:
         wide = weight.shape[0] > weight.shape[1]
         self._weight = weight.t().contiguous() if wide else weight.t()
         self._blocks = _blocks(weight)
+        self._few = max(1, _WORTH_A_CALL // weight.numel())
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
-        if self._blocks is not None and x.shape[0] > 1:
+        if self._blocks is not None and x.shape[0] > self._few:
             return _several(x, self._blocks, self._bias, plus)
         if plus is None:
             return (

@@ -202,6 +202,8 @@ class Scheduler:
 
     def _better_later(self, row: Row, ahead: Iterable[Row]) -> bool:
         """Whether a row ahead is about to read much of what this one begins with."""
+        if not self._memory.prefixes.max_bytes:
+            return False  # it would be forgotten
         known = self._memory.prefixes.known(row.symbols)
         return any(
             common_length(row.symbols, other.symbols) - max(known, other.read) >= _WORTH_WAITING
