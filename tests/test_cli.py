@@ -25,9 +25,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 # The whole surface; what is not built yet is no command, rather than a stub.
 SURFACE = {
-    "run", "recipes list", "recipes show", "plan", "study", "ask", "chat", "generate", "serve",
-    "eval", "score", "submit", "data convert", "data mix", "data verify", "data show",
-    "data generate", "convert", "tiles", "world make", "world teacher", "world backbones", "doctor",
+    "run", "launch slurm", "recipes list", "recipes show", "plan", "study", "ask", "chat",
+    "generate", "serve", "eval", "score", "submit", "data convert", "data mix", "data verify",
+    "data show", "data generate", "convert", "tiles", "world make", "world teacher",
+    "world backbones", "doctor",
 }  # fmt: skip
 
 

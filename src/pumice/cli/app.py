@@ -20,6 +20,7 @@ from pumice.cli import (
     doctor,
     evaluate,
     generate,
+    launch,
     plan,
     recipes,
     run,
@@ -47,6 +48,7 @@ app = typer.Typer(
 
 for _module in (
     run,
+    launch,
     recipes,
     plan,
     ask,

@@ -23,6 +23,7 @@ _SERVE = ("fastapi", "uvicorn", "prometheus-client")
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "run": ((*_MODEL, *_RECIPE), BACKBONES),
     "recipes": (_RECIPE, ()),
+    "launch slurm": (_RECIPE, ()),
     "plan": ((*_MODEL, *_RECIPE), ()),
     "ask": (_MODEL, MODELS),
     "chat": (_MODEL, MODELS),

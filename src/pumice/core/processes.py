@@ -20,6 +20,7 @@ T = TypeVar("T")
 # A process that has died is noticed at once. One that hangs is for who uses the group to notice,
 # who knows what it is doing: a checkpoint of a large model may take longer than any fixed time.
 _PATIENCE = timedelta(days=7)
+_MEETING = timedelta(minutes=15)
 # What gloo says when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -129,6 +130,7 @@ def joined_processes() -> Iterator[Processes]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
         yield Processes(rank(), world_size())
@@ -143,7 +145,18 @@ def joined_processes() -> Iterator[Processes]:
             )
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    # Only to meet has a limit: a process that never came is noticed by nobody else.
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=_MEETING))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise PumiceError(
+            f"process {rank()} of {world_size()} has waited for the others for {_MEETING}, and not "
+            f"all have come. Check that MASTER_ADDR and MASTER_PORT name a machine that all of "
+            f"them reach, and their own messages."
+        ) from error
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=world_size(), timeout=_PATIENCE
+    )
     try:
         yield Processes(rank(), world_size())
     finally:

@@ -70,6 +70,5 @@ class Watchdog:
             self.stage, self.rank, doing, self.minutes, step + 1, shown, self.record,
         )  # fmt: skip
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        logging.shutdown()
         # The main thread does not come back to hear an exception.
         os._exit(EXIT)
