@@ -129,6 +129,18 @@ def test_verdicts_that_cannot_be_read_leave_the_others_score(data: Path, tmp_pat
     assert row["extra"]["verdicts"][1] == {"content": "Sorry", "values": None, "error": None}
 
 
+def test_a_judge_that_is_understood_less_than_half_the_time_gives_no_score(
+    data: Path, tmp_path: Path
+) -> None:
+    chat = ScriptedChat(lambda r: "1.0" if "What is 0?" in r.messages[-1]["content"] else "Hm")
+    judge = Judge("endpoint", "j", 1, chat)
+    scores = run_judged(MMVet(), data, tmp_path, judge)
+    assert scores.metrics is None and (scores.unparsed, scores.errors) == (3, 0)
+    assert "only 1 of 4 answers have a verdict that can be read" in scores.notes[0]
+    allowed = run_judged(MMVet(), data, tmp_path, judge, allow_errors=True)
+    assert allowed.metrics == {"total": 100.0} and "these alone are scored" in allowed.notes[0]
+
+
 def test_verdicts_that_never_come_withhold_the_score(data: Path, tmp_path: Path) -> None:
     silent = {"on": True}
 

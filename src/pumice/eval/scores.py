@@ -12,6 +12,8 @@ from pumice.core.types import Prediction
 from pumice.eval.benchmark import UNJUDGED, Benchmark, Item, Row
 from pumice.eval.metrics import Metrics, base_rate, bootstrap, by_category, evaluate
 
+_WITHHELD = "the score is withheld"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
@@ -108,12 +110,13 @@ def make_scores(
         reasons += _reasons(benchmark, rows, missing, withheld=not allow_errors)
     else:
         reasons.append(_unfinished(len(items), missing, rows))
-    reasons += judge_notes
+    illegible = _illegible(len(scored), len(answered), allow_errors) if finished else []
+    reasons += illegible + judge_notes
     lacking = missing and not benchmark.missing_is_wrong
     withheld = not (scored and finished)
     if benchmark.missing_is_wrong:
         scored += _unanswered(items, rows)
-    withheld |= not allow_errors and bool(errors or lacking or flawed)
+    withheld |= not allow_errors and bool(errors or lacking or flawed or illegible)
     if not benchmark.judged:
         withheld = True
         reasons.append(
@@ -220,6 +223,15 @@ def _unanswered(items: Sequence[Item], rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def _illegible(scored: int, answered: int, allow_errors: bool) -> list[str]:
+    """The few answers of which a judge made sense are no sample of all of them."""
+    if 2 * scored >= answered:
+        return []
+    end = "these alone are scored" if allow_errors else _WITHHELD
+    told = f"only {scored} of {answered} answers have a verdict that can be read"
+    return [f"{told}, less than half; {end}"]
+
+
 def _unfinished(items: int, missing: int, rows: Sequence[Row]) -> str:
     told = f"{missing} of {items} items were not asked yet"
     unjudged = [row for row in rows if UNJUDGED in row.prediction.extra]
@@ -234,7 +246,7 @@ def _unfinished(items: int, missing: int, rows: Sequence[Row]) -> str:
 def _reasons(
     benchmark: Benchmark, rows: Sequence[Row], missing: int, *, withheld: bool
 ) -> list[str]:
-    end = "the score is withheld" if withheld else "they are left out of the score"
+    end = _WITHHELD if withheld else "they are left out of the score"
     errors = sum(row.prediction.error is not None for row in rows)
     unjudged = [row.prediction.extra.get(UNJUDGED) for row in rows if row.prediction.error is None]
     unjudged = [reason for reason in unjudged if reason]
