@@ -30,7 +30,7 @@ def found(script: str, *options: str) -> dict[str, Any]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_training_loses_nothing_and_sees_nothing_twice() -> None:
     # By one process, and by two that share the model.
-    for record in found("kill_training.py", "--kills", "2", "--steps", "18").values():
+    for record in found("kill_training.py", "--kills", "1", "--steps", "12").values():
         assert record["weights"] == "equal to the bit"
         assert record["samples_of_every_step"] == "equal"
 

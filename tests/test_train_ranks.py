@@ -53,9 +53,9 @@ def jobs_of(root: Path) -> dict[str, Job]:
     held = ValidationSpec(fraction=0.3, every=2, rows=4, probes=1)
     specs: dict[str, dict[str, Any]] = {
         "align": {**text, **chat, "validation": held},
-        "vision": {**text, **chat, "train": every, "checkpointing": "blocks"},
-        "gated": {**text, **chat, **gated, "train": {"connector": 1e-2}},
-        "tiles": {**chat, **tiles, "data": tune.data, "steps": 3},
+        "vision": {**text, **chat, "train": every, "checkpointing": "blocks", "steps": 3},
+        "gated": {**text, **chat, **gated, "train": {"connector": 1e-2}, "steps": 3},
+        "tiles": {**chat, **tiles, "data": tune.data, "steps": 2},
     }
     tunes: dict[str, dict[str, Any]] = {
         "lora": {"packing": Packing(512, tiles=2), "lora": LoraTraining(r=4, alpha=8.0)},
