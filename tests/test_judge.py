@@ -223,7 +223,7 @@ def grades(root: Path, scores: dict[str, list[float]]) -> Path:
     return dump(root / "grades.json", content)
 
 
-def test_grades_add_up_over_runs_capabilities_and_their_sets(tmp_path: Path) -> None:
+def test_grades_add_up_over_runs_capabilities_and_their_sets(tmp_path: Path, run: Run) -> None:
     given = {"v1_0": [0.5, 0.7], "v1_1": [1.0, 1.0], "v1_2": [0.0, 0.2], "v1_3": [0.1, 0.1]}
     file = grades(vet_files(tmp_path), given)
     scores = rescore_reviews(VET, tmp_path, [file], answers_file(tmp_path))
@@ -235,7 +235,10 @@ def test_grades_add_up_over_runs_capabilities_and_their_sets(tmp_path: Path) -> 
         "math": 35.0, "ocr+math": 35.0, "only ocr": 100.0, "rec": 10.0, "only rec": 10.0,
     }  # fmt: skip
     assert scores.label == "mmvet (judge gpt-4-0613, 2 runs)"
-    # Without the answers it says so; without one of the grades there is no score.
+    # Without the answers it says so, also when the grades stand in their place.
+    code, out, err = run("score", "mmvet", "--data", tmp_path, "--answers", file, "--json")
+    assert code == 0 and json.loads(out)["metrics"] == scores.metrics and "only the reviews" in err
+    # Without one of the grades there is no score.
     alone = rescore_reviews(VET, tmp_path, [file])
     assert alone.metrics == scores.metrics and "only the reviews" in alone.notes[0]
     content = json.loads(file.read_text())

@@ -62,10 +62,12 @@ def score(
     answers are errors or missing.
     """
     from pumice.eval.choose import choose_benchmark
-    from pumice.eval.reviews import rescore_reviews
+    from pumice.eval.reviews import are_reviews, rescore_reviews
     from pumice.eval.runner import rescore
 
     chosen = choose_benchmark(benchmark, option or ())
+    if answers is not None and not reviews and are_reviews(chosen, answers):
+        reviews, answers = [answers], None
     if reviews:
         if judge != JUDGE:
             raise PumiceError("--reviews and --judge were given; one of them scores the answers.")

@@ -71,6 +71,17 @@ def rescore_reviews(
     )
 
 
+def are_reviews(benchmark: Benchmark, path: Path) -> bool:
+    """Whether a file holds a judge's verdicts, and not answers."""
+    if not isinstance(benchmark, JudgedBenchmark):
+        return False
+    try:
+        benchmark.read_reviews(path)
+    except DataError:
+        return False
+    return True
+
+
 def _reviewed(benchmark: JudgedBenchmark, row: Row, runs: Sequence[dict[str, Verdict]]) -> Row:
     if row.prediction.error is not None:
         return row
