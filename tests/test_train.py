@@ -255,6 +255,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     assert len(json.loads((tmp_path / "align.not_finite.json").read_text())["samples"]) == 4
 
 
+def test_a_step_that_does_not_fit_names_its_samples(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pumice.models.lmm import LMM
+
+    def full(self, batch, features=None):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LMM, "loss", full)
+    with pytest.raises(PumiceError, match=r"out of memory at step 1, .* 4 x \d+ tokens with 4 vie"):
+        run_stage(spec, tmp_path)
+
+
 def test_an_unknown_part_is_refused(spec: StageSpec, tmp_path: Path) -> None:
     with pytest.raises(PumiceError, match="projector.*vision, connector, language"):
         run_stage(dataclasses.replace(spec, train={"projector": 1e-3}), tmp_path)

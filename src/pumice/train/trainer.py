@@ -116,7 +116,10 @@ class Trainer:
                 batches = next(steps)
                 waited = time.monotonic() - clock
                 watchdog.at(step, "computing, or waiting for another process", _ids_of(batches))
-                row = self._step(step, batches)
+                try:
+                    row = self._step(step, batches)
+                except torch.OutOfMemoryError as error:
+                    raise self._out_of_memory(step, batches) from error
                 if self.validator is not None and self.validator.due(step + 1, self.total):
                     watchdog.at(step, "validating", list)
                     row["validation"] = self._validate(self.validator, step + 1)
@@ -203,6 +206,21 @@ class Trainer:
             f"stage {self.spec.name!r} stopped at step {step + 1}: loss {loss}, gradient norm "
             f"{norm}; both must be finite. The samples of this step are listed in {path}; look at "
             "them, or lower the learning rate."
+        )
+
+    def _out_of_memory(self, step: int, batches: Sequence[Batch]) -> PumiceError:
+        names = _ids_of(batches)()
+        shapes = ", ".join(
+            f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]} tokens with "
+            f"{len(batch.pixel_values)} views"
+            for batch in batches[:4]
+        )
+        return PumiceError(
+            f"stage {self.spec.name!r} ran out of memory at step {step + 1}, whose "
+            f"{len(batches)} pieces are {shapes} (samples {', '.join(names[:8])}). Set "
+            f"checkpointing to blocks, or a smaller micro_batch_size or packing.tokens (pumice "
+            f"plan says what fits), and give the same command again: checkpointing may change in "
+            f"a run that goes on from its last saved state."
         )
 
     def _rows_of(self, step: int) -> Callable[[], list[str]]:
