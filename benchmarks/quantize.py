@@ -30,10 +30,10 @@ import pumice
 from pumice.core.types import Request, Sampling
 from pumice.data.sources import LlavaJson
 from pumice.models.checkpoint import load_lmm, save_checkpoint
-from pumice.models.language import LanguageModel
+from pumice.models.config import LMMConfig
 from pumice.models.lmm import LMM
+from pumice.models.pretrained import config_to_dict
 from pumice.models.quantize import pack_for_cpu, quantized_layers
-from pumice.models.vision import VisionBackbone
 from pumice.world.datasets import make_world
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quantize.json"
@@ -147,12 +147,10 @@ def save(directory: Path, width: int, blocks: int) -> None:
                         num_hidden_layers=blocks, num_attention_heads=width // 64,
                         num_key_value_heads=width // 64, tie_word_embeddings=False)  # fmt: skip
     torch.manual_seed(0)
-    config = LMM(
-        VisionBackbone(vision, -1, "patch"),
-        torch.nn.Identity(),
-        LanguageModel.from_config(llama),
-        "linear",
-    ).config
+    config = LMMConfig(
+        vision=config_to_dict(vision), vision_layer=-1, vision_select="patch", vision_norm=False,
+        connector="linear", connector_options={}, tiling=None, language=config_to_dict(llama),
+    )  # fmt: skip
     save_checkpoint(directory, LMM.from_config(config), None, {})
 
 
