@@ -17,6 +17,7 @@ from pumice.data.sources import LlavaJson
 from pumice.models.checkpoint import load_lmm
 from pumice.train.metrics import part_hash
 from pumice.train.stages import DataSpec, StageSpec, run_stage
+from pumice.train.trainer import Trainer
 from pumice.train.validation import ValidationSpec, gap_of, unused
 from pumice.world.datasets import make_world
 from stage_specs import align_spec
@@ -98,7 +99,17 @@ def test_looking_changes_nothing_and_a_resumed_run_looks_the_same(
 ) -> None:
     from test_train import stop_after
 
-    whole = run_stage(spec, tmp_path / "whole").checkpoint
+    modes: list[bool] = []
+    step = Trainer._step
+
+    def stepping(self: Trainer, *args: Any) -> dict[str, Any]:
+        modes.append(self.lmm.connector.training and not self.lmm.language.training)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stepping)
+        whole = run_stage(spec, tmp_path / "whole").checkpoint
+    assert modes == [True] * 6
     assert spec.validation is not None
     rare = dataclasses.replace(spec.validation, every=100)
     other = run_stage(dataclasses.replace(spec, validation=rare), tmp_path / "rare").checkpoint
