@@ -3,11 +3,12 @@
 const $ = (id) => document.getElementById(id);
 
 // What the server says of itself; models tuned on one wording of a format answer worse to another.
-const settings = await (await fetch("/page/settings")).json();
+let settings = { model: "", max_new_tokens: 1024, formats: {} };
 
 let talk = []; // OpenAI chat messages
 let shown = []; // images of the next question: {uri, plan, image}
 let running = null; // AbortController of the answer on its way
+let asked = null; // the messages of the last question, for copying
 
 // requests
 
@@ -34,13 +35,13 @@ async function failure(response) {
   }
 }
 
-// The JSON objects of a stream of server-sent events.
+// The JSON objects of a stream of server-sent events; a stream without its end is an error.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the answer broke off: the connection was closed");
     text += value;
     const parts = text.split("\n\n");
     text = parts.pop();
@@ -55,20 +56,19 @@ async function* events(response) {
 async function answer(messages, bubble) {
   running = new AbortController();
   busy(true);
+  asked = messages;
+  const start = performance.now();
   let text = "";
   let usage = null;
+  let finish = null;
   try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: headers(),
-      body: JSON.stringify(body(messages)),
-      signal: running.signal,
-    });
+    const response = await post(messages, running.signal);
     if (!response.ok) throw new Error(await failure(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       text += event.choices[0]?.delta.content ?? "";
       usage = event.usage ?? usage;
+      finish = event.choices[0]?.finish_reason ?? finish;
       bubble.firstChild.data = text;
       follow();
     }
@@ -78,23 +78,43 @@ async function answer(messages, bubble) {
       bubble.firstChild.data = text + (text ? "\n" : "") + error.message;
       return null;
     }
+    finish = "stopped";
   } finally {
     running = null;
     busy(false);
     bubble.classList.remove("waiting");
   }
   bubble.firstChild.data = text || "(no answer)";
-  if (usage) bubble.append(note(told(usage)));
+  const seconds = (performance.now() - start) / 1000;
+  bubble.append(note([...ENDS[finish] ?? [], ...told(usage, seconds)].join(" · ")));
   follow();
   return text;
 }
 
-function told(usage) {
-  const { image_tokens: image, cached_tokens: cached } = usage.prompt_tokens_details;
-  const parts = [`${usage.prompt_tokens} positions read`];
-  if (image) parts.push(`${image} of them image`);
-  if (cached) parts.push(`${cached} known already`);
-  return `${parts.join(", ")}; ${usage.completion_tokens} tokens said`;
+async function post(messages, signal) {
+  try {
+    return await fetch("/v1/chat/completions", {
+      method: "POST",
+      headers: headers(),
+      body: JSON.stringify(body(messages)),
+      signal,
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("the server cannot be reached");
+  }
+}
+
+const ENDS = { stopped: ["stopped"], length: ["cut at the longest answer"] };
+
+// The numbers of an answer; servers other than pumice say fewer of them.
+function told(usage, seconds) {
+  const time = `${seconds.toFixed(1)} s`;
+  if (!usage) return [time];
+  const { image_tokens: image, cached_tokens: cached } = usage.prompt_tokens_details ?? {};
+  const parts = [image && `${image} image`, cached && `${cached} cached`].filter(Boolean);
+  const of = parts.length ? ` (${parts.join(", ")})` : "";
+  return [`${usage.prompt_tokens} prompt tokens${of}`, `${usage.completion_tokens} new`, time];
 }
 
 // the talk
@@ -103,22 +123,14 @@ async function ask(event) {
   event.preventDefault();
   const question = $("text").value.trim();
   if (running || !question) return;
-  const format = settings.formats[new FormData($("ask")).get("format")];
-  const text = format ? `${question}\n${format}` : question;
-  const message = {
-    role: "user",
-    content: [
-      ...shown.map((one) => ({ type: "image_url", image_url: { url: one.uri } })),
-      { type: "text", text },
-    ],
-  };
-  const asked = turn("user", question);
-  if (format) asked.append(note(format));
+  const message = written(question);
+  const bubbleAsked = turn("user", question);
+  if (format()) bubbleAsked.append(note(format()));
   if (shown.length) {
     const images = document.createElement("div");
     images.className = "images";
     images.append(...shown.map((one) => figure(one)));
-    asked.prepend(images);
+    bubbleAsked.prepend(images);
   }
   const kept = shown;
   clearQuestion();
@@ -135,6 +147,22 @@ async function ask(event) {
   }
   fit();
   $("text").focus();
+}
+
+// The sentence that asks for the chosen form of answer.
+function format() {
+  return settings.formats[new FormData($("ask")).get("format")];
+}
+
+// The message of a question, with the images that wait and the format that is chosen.
+function written(question) {
+  return {
+    role: "user",
+    content: [
+      ...shown.map((one) => ({ type: "image_url", image_url: { url: one.uri } })),
+      { type: "text", text: format() ? `${question}\n${format()}` : question },
+    ],
+  };
 }
 
 function clearQuestion() {
@@ -226,7 +254,8 @@ function figure({ image, plan }) {
   const canvas = document.createElement("canvas");
   const tiled = plan?.plan;
   const [width, height] = tiled ? tiled.target : [image.naturalWidth, image.naturalHeight];
-  const scale = Math.min(1, 640 / Math.max(width, height));
+  const fit = 640 / Math.max(width, height);
+  const scale = tiled ? fit : Math.min(1, fit); // lines of tiles must show on the smallest picture
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
   const draw = canvas.getContext("2d");
@@ -265,11 +294,11 @@ function describe(image, plan) {
 
 // copying
 
+// What stands in the box, or else what was asked last.
 function question() {
-  const text = $("text").value.trim() || "What is in the image?";
-  const url = shown[0]?.uri ?? "data:image/png;base64,...";
-  const picture = { type: "image_url", image_url: { url } };
-  return [...talk, { role: "user", content: [picture, { type: "text", text }] }];
+  const text = $("text").value.trim();
+  if (!text && !shown.length && asked) return asked;
+  return [...talk, written(text || "What is in the image?")];
 }
 
 async function copy(text) {
@@ -281,10 +310,15 @@ async function copy(text) {
   }
 }
 
+// The body comes through the standard input: images are longer than a command line may be.
 function asCurl() {
-  const data = JSON.stringify(body(question(), false)).replaceAll("'", "'\\''");
   const key = $("key").value.trim() ? " -H 'Authorization: Bearer KEY'" : "";
-  return `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json'${key} -d '${data}'`;
+  return [
+    `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json'${key} -d @- <<'JSON'`,
+    JSON.stringify(body(question(), false)),
+    "JSON",
+    "",
+  ].join("\n");
 }
 
 function asPython() {
@@ -313,6 +347,7 @@ function fit() {
 function reset() {
   running?.abort();
   talk = [];
+  asked = null;
   $("talk").replaceChildren();
   clearQuestion();
   $("text").focus();
@@ -357,8 +392,18 @@ document.addEventListener("drop", (event) => {
   add([...event.dataTransfer.files]);
 });
 
+// When the settings open or the question grows, the end of the talk stays in sight.
+new ResizeObserver(follow).observe($("talk"));
+
 $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").onchange = () => sessionStorage.setItem("key", $("key").value);
+$("text").focus();
+try {
+  settings = await (await fetch("/page/settings")).json();
+} catch {
+  turn("error", "the server cannot be reached; load the page again");
+}
 $("model").textContent = settings.model;
 $("length").max = settings.max_new_tokens;
-$("text").focus();
+$("length").value = Math.min(256, settings.max_new_tokens);
+$("length-shown").value = $("length").value;
