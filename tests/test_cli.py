@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import torch
 from command_lines import examples, leaves, parse
 from pumice.cli.doctor import _NEEDS
 from pumice.core.errors import PumiceError
-from pumice.infer.model import Model
 
 ASK_KEYS = ["text", "finish_reason", "prompt_tokens", "image_tokens", "new_tokens"]
 Run = Callable[..., tuple[int, str, str]]
@@ -178,40 +176,6 @@ def test_ask(root: Path, run: Run) -> None:
     assert ("cut after" in err) == (answer["finish_reason"] == "length")
     two = json.loads(run(*args, "--image", root / "1.png", "--json", "--max-new-tokens", 1)[1])
     assert two["image_tokens"] == 32
-
-
-def test_chat_through_a_pipe(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def stream(_: Model, request: Any) -> Any:
-        asked.append(request)
-        yield from ("an ", "answer")
-
-    monkeypatch.setattr(Model, "stream", stream)
-    lines = [
-        "first",
-        f"/image {root / '1.png'}",
-        "/image missing.png",
-        "/imgae x",
-        "/image",
-        "second",
-        "/reset",
-        "third",
-        "",
-        "never read",
-    ]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    code, out, err = run("chat", root / "model", "--image", root / "0.png", "--temperature", 0.5)
-    assert code == 0
-    assert out == "an answer\n" * 3
-    assert "missing.png" in err and "Did you mean '/image'?" in err and "needs a file" in err
-    first, second, third = (request.messages for request in asked)
-    assert [part.image for part in first[-1].images] == [root / "0.png"]
-    assert [message.role for message in second] == ["user", "assistant", "user"]
-    assert second[1].text == "an answer"
-    assert [part.image for part in second[-1].images] == [root / "1.png"]
-    assert [message.text for message in third] == ["third"]
-    assert asked[0].sampling.temperature == 0.5
 
 
 def test_chat_with_a_model_until_the_input_ends(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
+from pumice.cli.endpoint import check_options, is_url, remote_endpoint
 from pumice.cli.options import (
+    ENDPOINT,
     LOADING,
     SAMPLING,
+    EndpointOptions,
     ImagesOption,
     LoadOptions,
     ModelArg,
@@ -21,111 +24,84 @@ from pumice.cli.options import (
 )
 from pumice.cli.output import fail, note
 from pumice.core.errors import PumiceError
-from pumice.core.registry import suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pumice.cli.talk import Speak
+    from pumice.core.types import Request, Result
+    from pumice.infer.online import Online
 
-    from pumice.core.types import Message, Sampling
-    from pumice.infer.model import Model
-
-_COMMANDS = ("/image", "/reset")
-_HINT = "/image FILE shows the model a picture, /reset forgets the talk, an empty line ends it."
+_HINT = "/image FILE shows the model a picture, /help lists what else there is, Ctrl-D ends."
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command("chat", epilog=example("pumice chat pocket --image cat.jpg"))(
-        with_option_groups(chat)
-    )
+    lines = ("pumice chat pocket --image cat.jpg", "pumice chat http://127.0.0.1:8000/v1")
+    app.command("chat", epilog=example(*lines))(with_option_groups(chat))
 
 
 def chat(
     model: ModelArg,
     images: ImagesOption = None,
     sampling: SamplingOptions = SAMPLING,
+    endpoint: EndpointOptions = ENDPOINT,
     loading: LoadOptions = LOADING,
 ) -> None:
-    """Talk with a model in the terminal.
+    """Talk with a model in the terminal, or with one behind an OpenAI-compatible address.
 
-    /image FILE shows it a picture, /reset forgets the talk; an empty line or the end of the input
-    ends it.
+    /image FILE shows it a picture, /format asks for short answers, letters or details, /reset
+    forgets the talk, /help lists all. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, ends.
+    Questions may come through a pipe, one a line. The key of an address is read from
+    PUMICE_API_KEY or OPENAI_API_KEY.
     """
+    from pumice.cli.picture import drawing
+    from pumice.cli.talk import NAMES, Leave, Talk
+    from pumice.cli.typed_lines import TypedLines
     from pumice.core.types import Sampling
+
+    check_options(model, endpoint, loading)
+    with _speaking(model, endpoint, loading) as speak:
+        talk = Talk(speak, Sampling(**asdict(sampling)), drawing())
+        for path in images or []:
+            talk.show(path)
+        typed = TypedLines(NAMES)
+        if typed.by_hand:
+            note(_HINT)
+        with closing(iter(typed)) as lines:
+            for line in lines:
+                try:
+                    talk.hear(line)
+                except Leave:
+                    return
+                except KeyboardInterrupt:
+                    if not typed.by_hand:
+                        raise
+                    typed.interrupted = True
+                    note("(stopped; Ctrl-C again to leave)")
+                except PumiceError as error:
+                    fail(str(error))
+
+
+@contextmanager
+def _speaking(model: str, endpoint: EndpointOptions, loading: LoadOptions) -> Iterator[Speak]:
+    """What answers requests, piece by piece; to close its generator stops the answer."""
+    if is_url(model):
+        from pumice.infer.remote_stream import stream_remote
+
+        where, name = remote_endpoint(model, endpoint)
+        yield lambda request: stream_remote(where, name, request)
+        return
     from pumice.infer.model import load
+    from pumice.infer.online import Online
 
-    talk = Talk(load(model, **asdict(loading)), Sampling(**asdict(sampling)))
-    for path in images or []:
-        talk.show(path)
-    note(_HINT)
-    for line in _lines():
-        try:
-            talk.hear(line)
-        except PumiceError as error:
-            fail(str(error))
+    # The engine has a thread of its own, which a Ctrl-C of the person cannot tear apart.
+    with Online(load(model, **asdict(loading)).engine, max_batch=1) as online:
+        yield lambda request: _spoken(online, request)
 
 
-@dataclass
-class Talk:
-    """A conversation so far, and the images that wait for the next question."""
-
-    model: Model
-    sampling: Sampling
-    messages: list[Message] = field(default_factory=list)
-    waiting: list[Path] = field(default_factory=list)
-
-    def hear(self, line: str) -> None:
-        """One line from the person: a command, or a question to stream the answer of."""
-        if not line.startswith("/"):
-            self._answer(line)
-            return
-        command, _, rest = line.partition(" ")
-        if command == "/reset":
-            self.messages.clear()
-            self.waiting.clear()
-            note("(forgotten)")
-        elif command == "/image" and rest.strip():
-            self.show(Path(rest.strip()).expanduser())
-        elif command == "/image":
-            raise PumiceError("/image needs a file: /image cat.jpg")
-        else:
-            near = suggest(command, _COMMANDS)
-            raise PumiceError(f"{command} is unknown; known: {', '.join(_COMMANDS)}.{near}")
-
-    def show(self, path: Path) -> None:
-        """Keep an image for the next question; a file that cannot be read is an error at once."""
-        from pumice.core.images import open_image
-
-        width, height = open_image(path).size
-        self.waiting.append(path)
-        note(f"({path}, {width} x {height}: goes with the next question)")
-
-    def _answer(self, line: str) -> None:
-        from pumice.core.types import Request, assistant, user
-
-        question = user(line, *self.waiting)
-        text = ""
-        try:
-            for delta in self.model.stream(Request((*self.messages, question), self.sampling)):
-                typer.echo(delta, nl=False)
-                text += delta
-        finally:
-            if text:
-                typer.echo()
-        self.waiting.clear()
-        # An empty answer cannot be part of a conversation: the question is not kept either.
-        if text.strip():
-            self.messages += [question, assistant(text.strip())]
-
-
-def _lines() -> Iterator[str]:
-    """What the person types, until an empty line or the end; also from a pipe."""
-    terminal = sys.stdin.isatty()
-    while True:
-        if terminal:
-            # On stderr, so that stdout holds the answers alone.
-            typer.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
-        yield line
+def _spoken(online: Online, request: Request) -> Generator[str, None, Result]:
+    handle = online.submit(request)
+    try:
+        yield from handle
+    finally:
+        handle.cancel()
+    return handle.result()

@@ -13,6 +13,7 @@ from pumice.cli.options import ENDPOINT, LOADING, EndpointOptions, LoadOptions
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
+    from pumice.core.llm_client import Endpoint
     from pumice.infer.remote import RemoteModel
 
 _KEYS = ("PUMICE_API_KEY", "OPENAI_API_KEY")
@@ -58,16 +59,31 @@ def remote_model(
     url: str, options: EndpointOptions, extra: Mapping[str, Any] | None = None
 ) -> Iterator[RemoteModel]:
     """The endpoint's model while the block runs. The key is in the environment, if it needs one."""
-    from pumice.core.llm_client import Endpoint, LLMClient
+    from pumice.core.llm_client import LLMClient
     from pumice.infer.remote import RemoteModel, choose_model
 
-    endpoint = Endpoint(
+    with LLMClient(_endpoint(url, options)) as client:
+        name = choose_model(client, options.api_model)
+        yield RemoteModel(client, name, images=options.api_images, extra=extra)
+
+
+def remote_endpoint(url: str, options: EndpointOptions) -> tuple[Endpoint, str]:
+    """The endpoint and the name of its model, for who asks it in another way."""
+    from pumice.core.llm_client import LLMClient
+    from pumice.infer.remote import choose_model
+
+    endpoint = _endpoint(url, options)
+    with LLMClient(endpoint) as client:
+        return endpoint, choose_model(client, options.api_model)
+
+
+def _endpoint(url: str, options: EndpointOptions) -> Endpoint:
+    from pumice.core.llm_client import Endpoint
+
+    return Endpoint(
         url=url,
         api_key=next((key for name in _KEYS if (key := os.environ.get(name))), None),
         concurrency=options.concurrency,
         per_minute=options.per_minute,
         timeout=options.timeout,
     )
-    with LLMClient(endpoint) as client:
-        name = choose_model(client, options.api_model)
-        yield RemoteModel(client, name, images=options.api_images, extra=extra)

@@ -1,0 +1,88 @@
+"""An answer of an OpenAI-compatible endpoint, piece by piece as it is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import httpx2
+
+from pumice.core.errors import PumiceError
+from pumice.core.llm_client import Endpoint
+from pumice.core.llm_types import chat_messages
+from pumice.core.types import FinishReason, Request, Result
+
+_DATA = "data:"
+
+
+def stream_remote(endpoint: Endpoint, name: str, request: Request) -> Generator[str, None, Result]:
+    """The pieces of one answer of the model `name`; the generator returns the whole result.
+
+    Closing the generator closes the connection, by which the server knows that nobody listens.
+    Raises PumiceError when there is no answer, or only a part of it.
+    """
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "model": name,
+        "messages": list(chat_messages(request.messages)),
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if sampling.temperature > 0:
+        body |= {"seed": sampling.seed, "top_p": sampling.top_p}
+    key = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    url = endpoint.url.rstrip("/") + "/chat/completions"
+    text, finish = "", ""
+    used: dict[str, Any] = {}
+    try:
+        with httpx2.stream("POST", url, json=body, headers=key, timeout=endpoint.timeout) as answer:
+            if answer.status_code != 200:
+                answer.read()
+                raise PumiceError(f"{url} answers {answer.status_code}: {_cause(answer.text)}")
+            for event in _events(answer, url):
+                for choice in event.get("choices") or ():
+                    piece = (choice.get("delta") or {}).get("content") or ""
+                    finish = choice.get("finish_reason") or finish
+                    if piece:
+                        text += piece
+                        yield piece
+                used = event.get("usage") or used
+    except httpx2.TransportError as error:
+        raise PumiceError(f"the connection to {url} failed: {error!r}.") from error
+    reason: FinishReason = "length" if finish == "length" else "stop"
+    return Result(
+        text=text.strip(),
+        finish_reason=reason,
+        prompt_tokens=int(used.get("prompt_tokens") or 0),
+        new_tokens=int(used.get("completion_tokens") or 0),
+    )
+
+
+def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of server-sent events, which must come to their end."""
+    for line in answer.iter_lines():
+        if not line.startswith(_DATA):
+            continue
+        data = line.removeprefix(_DATA).strip()
+        if data == "[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError as error:
+            raise PumiceError(f"{url} sends what is no JSON: {data[:200]!r}.") from error
+        if isinstance(event, dict) and event.get("error"):
+            raise PumiceError(f"{url}: {_cause(data)}")
+        if isinstance(event, dict):
+            yield event
+    raise PumiceError(f"{url} broke off in the middle of the answer.")
+
+
+def _cause(body: str) -> str:
+    """What an error's body says, in OpenAI's shape or any other."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:300].strip() or "nothing more"

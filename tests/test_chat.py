@@ -1,0 +1,160 @@
+"""`pumice chat`: through a pipe, on a real terminal, and with a model behind an address."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+import tiny
+from conftest import Run
+from pumice.cli import chat
+from pumice.cli.picture import drawn
+from pumice.core.types import Request, Result
+from pumice.infer.model import load
+from pumice.serve.limits import Limits
+from pumice.world.scenes import random_scene, render
+from serving import Running
+
+QUESTION = "What color is the background?"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scene") / "scene.png"
+    render(random_scene(1)).save(path)
+    return path
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+
+
+def test_a_talk_through_a_pipe(run: Run, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def spoken(online: Any, request: Request) -> Generator[str, None, Result]:
+        asked.append(request)
+        yield from ("an ", "answer")
+        return Result(text="an answer", finish_reason="length", new_tokens=7)
+
+    monkeypatch.setattr(chat, "_spoken", spoken)
+    typed(
+        monkeypatch, "first", f"/image {scene}", "/image missing.png", "/imgae x", "/image",
+        "", "/format short", "second", "/format none", "/reset", "third", "/format shrt", "/help",
+        "/exit", "never read",
+    )  # fmt: skip
+    code, out, err = run("chat", "pocket", "--image", scene, "--temperature", 0.5)
+    assert code == 0
+    assert out == "an answer\n" * 3
+    for said in ("missing.png", "Did you mean '/image'?", "needs a file", "192 x 192",
+                 "Did you mean 'short'?", "/reset", "cut after 7 tokens"):  # fmt: skip
+        assert said in err
+    first, second, third = (request.messages for request in asked)
+    assert [part.image for part in first[-1].images] == [scene]
+    assert [message.role for message in second] == ["user", "assistant", "user"]
+    assert second[1].text == "an answer"
+    assert [part.image for part in second[-1].images] == [scene]
+    assert second[-1].text.endswith("second\nAnswer the question using a single word or phrase.")
+    assert [message.text for message in third] == ["third"]
+    assert asked[0].sampling.temperature == 0.5
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    server = Running(load("pocket", max_batch=2), Limits(max_new_tokens=300, drain_seconds=1.0))
+    yield server
+    server.stop()
+
+
+def test_a_model_behind_an_address_answers_as_here(
+    run: Run, running: Running, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (QUESTION, f"/image {scene}", "What do you see in the image?")
+    typed(monkeypatch, *lines)
+    code, out, err = run("chat", f"{running.url}/v1", "--image", scene)
+    assert code == 0 and "error" not in err
+    typed(monkeypatch, *lines)
+    assert run("chat", "pocket", "--image", scene)[1] == out
+    typed(monkeypatch, QUESTION)
+    code, out, err = run("chat", f"{running.url}/v1", "--max-new-tokens", 301)
+    assert (code, out) == (0, "") and "at most 300" in err
+
+
+class Terminal:
+    """`pumice chat` on a terminal of its own."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        self.end, child = pty.openpty()
+        env = {**os.environ, "PUMICE_CACHE": str(home), "TERM": "xterm-256color", "COLUMNS": "80"}
+        command = [sys.executable, "-m", "pumice", "chat", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True
+        )
+        os.close(child)
+        self.seen = ""
+
+    def send(self, text: str) -> None:
+        self.seen = ""
+        os.write(self.end, text.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        until = time.monotonic() + 60
+        while not re.search(pattern, self.seen, re.S):
+            assert time.monotonic() < until, (pattern, self.seen)
+            if select.select([self.end], [], [], 0.2)[0]:
+                self.seen += os.read(self.end, 65536).decode(errors="replace")
+        return self.seen
+
+
+def test_a_talk_on_a_terminal(running: Running, scene: Path, tmp_path: Path) -> None:
+    # A model behind an address, because its process starts in a fifth of the time.
+    arguments = (f"{running.url}/v1", "--temperature", "2", "--max-new-tokens", "300")
+    step = running.server.online._scheduler.step
+    terminal = Terminal(tmp_path, *arguments)
+    try:
+        terminal.wait_for("Ctrl-D ends.*> ")
+        terminal.send(f"/image {scene}\n")
+        assert "▀" in terminal.wait_for("192 x 192.*> ")
+        running.server.online._scheduler.step = lambda: (time.sleep(0.05), step())[1]  # type: ignore[method-assign]
+        before = running.server.online.counters().cancelled
+        terminal.send(f"{QUESTION}\n")
+        terminal.wait_for(r"background\?\r\n[^\r\n]")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for(r"\(stopped; Ctrl-C again to leave\).*> ")
+        running.server.online._scheduler.step = step  # type: ignore[method-assign]
+        terminal.send("\x1b[A")  # the arrow up brings the question back
+        assert QUESTION in terminal.wait_for(r"background\?")
+        terminal.send("\x15/re\t\n")  # Tab makes it /reset
+        terminal.wait_for(r"\(forgotten\).*> ")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for(r"\(Ctrl-C again to leave\).*> ")
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(30) == 0
+        assert running.server.online.counters().cancelled > before
+    finally:
+        running.server.online._scheduler.step = step  # type: ignore[method-assign]
+        terminal.process.kill()
+        os.close(terminal.end)
+    assert QUESTION in (tmp_path / "chat_history").read_text()
+
+
+def test_a_picture_as_characters() -> None:
+    picture = PIL.Image.new("RGB", (40, 4), "red")
+    picture.paste((0, 0, 255), (0, 2, 40, 4))
+    [line] = [line for line in drawn(picture, 20).split("\n") if line]
+    assert len(line) == 20
+    assert {str(span.style) for span in line.spans} == {"#ff0000 on #0000ff"}
+    assert len(drawn(tiny.smooth(10, 1000), 80).split("\n", allow_blank=False)) == 16
