@@ -211,9 +211,11 @@ def test_everything_by_keyboard(page: sync_api.Page) -> None:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Tab")
     expect(page.locator("#choose")).to_be_focused()
-    page.evaluate("""document.getElementById("file").onclick = (event) => {
+    page.evaluate("""() => {
+      document.getElementById("file").onclick = (event) => {
         event.preventDefault();  // the browser's own dialogue is no part of the page
         document.title = "choosing";
+      };
     }""")
     page.keyboard.press("Enter")
     expect(page).to_have_title("choosing")
