@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from command_lines import code_blocks
 from conftest import Run
-from pumice.data.academic import CONVERTERS
+from pumice.core.errors import PumiceError
+from pumice.core.registry import Registry
+from pumice.data.academic import CONVERTERS, convert
+from pumice.data.academic.base import Converter
 from pumice.recipe.mixture import load_mixture
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text("utf-8")
@@ -43,3 +48,23 @@ def test_the_tables_name_what_there_is() -> None:
     ]
     named = {word for cell in shown for word in cell.split("`")[1::2]}
     assert named and named <= rules
+
+
+def test_the_example_of_a_source_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, line = code_blocks(PAGE, "python")
+    module = types.ModuleType("counting")
+    monkeypatch.setitem(sys.modules, "counting", module)
+    exec(compile(code, "data.md", "exec"), module.__dict__)
+    table = eval("{" + line + "}", module.__dict__ | {"Converter": Converter})
+    monkeypatch.setattr(convert, "CONVERTERS", Registry("source", table))
+    rows = [{"image": f"{n}.jpg", "question": " How many? ", "number": n} for n in (3, 30)]
+    file, out = tmp_path / "counting.json", tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    report = convert.convert("counting", [file], out, rules={"image": "x/{image}"})
+    (row,) = json.loads(out.read_text())
+    asked, said = (turn["value"] for turn in row["conversations"])
+    assert row["image"] == "x/3.jpg" and said == "3"
+    assert asked == "<image>\nHow many?\nAnswer the question using a single word or phrase."
+    assert report["dropped"] == {"larger number": 1} and report["read"] == 2
+    with pytest.raises(PumiceError, match="least|most"):
+        convert.convert("counting", [file], out, rules={"mots": "3"})

@@ -18,12 +18,11 @@ from pumice.core.files import read_json, read_jsonl
 from pumice.eval.answers import prepare, vqa_accuracy
 from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
 from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require
-from pumice.processing.response_formats import SHORT, with_format
+from pumice.processing.response_formats import OCR_TOKENS, SHORT, with_format
 
 FILE = "TextVQA_0.5.1_val.json"
 LLAVA_OCR = "llava_textvqa_val_v051_ocr.jsonl"
 ROSETTA_OCR = "TextVQA_Rosetta_OCR_v0.2_val.json"
-OCR = "Reference OCR token: "
 RULE = "m4c"
 _ANNOTATORS = 10
 _SHORT_ANSWER = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
@@ -112,7 +111,7 @@ class TextVQA(Benchmark):
 
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
-        ocr = f"{OCR}{{tokens}}\n" if self.chosen["ocr"] == "given" else ""
+        ocr = f"{OCR_TOKENS}{{tokens}}\n" if self.chosen["ocr"] == "given" else ""
         return {
             "prompt": f"{{question.capitalize()}}\n{ocr}{SHORT}",
             "parser": "M4C's processor",
@@ -126,8 +125,8 @@ def question_in(prompt: str) -> str:
     if prompt.startswith("OCR tokens: "):
         found = _SHORT_ANSWER.search(prompt)
         return found.group(1).lower() if found else ""
-    if len(lines) == 3 and OCR.strip() in prompt:
-        return lines[1 if lines[0].startswith(OCR.strip()) else 0].lower()
+    if len(lines) == 3 and OCR_TOKENS.strip() in prompt:
+        return lines[1 if lines[0].startswith(OCR_TOKENS.strip()) else 0].lower()
     return lines[0].lower() if len(lines) == 2 else ""
 
 
@@ -143,9 +142,9 @@ def _ocr_tokens(data_dir: Path) -> dict[Key, str]:
     for number, row in read_jsonl(file):
         require(row, ("question_id", "text"), f"{file}, line {number}")
         lines = row["text"].split("\n")
-        if len(lines) != 3 or not lines[1].startswith(OCR):
-            raise DataError(f"{file}, line {number}: no line {OCR!r}. Take LLaVA's file.")
-        found[row["question_id"], lines[0].lower()] = lines[1].removeprefix(OCR)
+        if len(lines) != 3 or not lines[1].startswith(OCR_TOKENS):
+            raise DataError(f"{file}, line {number}: no line {OCR_TOKENS!r}. Take LLaVA's file.")
+        found[row["question_id"], lines[0].lower()] = lines[1].removeprefix(OCR_TOKENS)
     return found
 
 
@@ -154,7 +153,7 @@ def _item(row: dict[str, Any], tokens: dict[Key, str] | None, find_image: ImageF
     known = None if tokens is None else tokens.get(key, tokens.get((row["image_id"], "")))
     # capitalize() also makes every other letter small; the published questions are so.
     question = row["question"].capitalize()
-    prompt = question if known is None else f"{question}\n{OCR}{known}"
+    prompt = question if known is None else f"{question}\n{OCR_TOKENS}{known}"
     image = f"{row['image_id']}.jpg"
     return Item(
         id=str(row["question_id"]),
