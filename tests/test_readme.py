@@ -80,7 +80,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 @each_document
 def test_files_named_in_backticks_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    rooms = "core|models|processing|data|infer|train|eval|recipe|cli|world"
+    rooms = "core|models|processing|data|infer|train|eval|recipe|study|cli|world"
     for name in re.findall(rf"`((?:{rooms})/[\w/]+(?:\.\w+|/))`", text):
         assert (ROOT / "src" / "pumice" / name).exists(), name
     for name in re.findall(r"`(tests/[\w/]+\.py)`", text):

@@ -25,6 +25,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "recipes": (_RECIPE, ()),
     "launch slurm": (_RECIPE, ()),
     "plan": ((*_MODEL, *_RECIPE), ()),
+    "study": ((*_MODEL, *_RECIPE), BACKBONES),
     "ask": (_MODEL, MODELS),
     "chat": (_MODEL, MODELS),
     "generate": (_MODEL, MODELS),

@@ -15,7 +15,7 @@ from pumice.cli.output import say, say_json, table
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from pumice.models.costs import ImageCost, Trained
+    from pumice.models.costs import Counts, ImageCost, Trained
     from pumice.models.lmm import LMM
     from pumice.recipe.schema import Recipe, Stage
 
@@ -77,7 +77,7 @@ def plan(
 
     size = _size(image)
     loaded = load_recipe(recipe, overrides or [])
-    lmm = _blank(loaded)
+    lmm = blank_of(loaded)
     if gpus is None:
         record = _record(loaded, lmm, size, text_tokens)
         text = "" if as_json else _text(record)
@@ -99,7 +99,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _blank(recipe: Recipe) -> LMM:
+def blank_of(recipe: Recipe) -> LMM:
     """The recipe's model without memory for its weights."""
     from pumice.cli.stages import stage_specs
     from pumice.models.costs import blank_model
@@ -162,27 +162,36 @@ def _image(cost: ImageCost) -> dict[str, Any]:
 
 def learning(stage: Stage, lmm: LMM) -> tuple[Trained, dict[str, int]]:
     """Which parts a stage trains, and how many weights of each."""
-    from pumice.models.costs import Trained, adapter_size, num_parameters
+    from pumice.models.costs import adapter_size, num_parameters
 
-    trained = {part: num_parameters(lmm.part(part)) for part in stage.train}
+    trained = {str(part): num_parameters(lmm.part(part)) for part in stage.train}
     if stage.lora is not None:
         trained["language"] = adapter_size(lmm, stage.lora.r, stage.lora.targets)
-    learns = Trained(
-        "vision" in trained, "connector" in trained, "language" in trained, stage.lora is not None
-    )
-    return learns, {str(part): count for part, count in trained.items()}
+    return _what_learns(stage), trained
 
 
-def _stage(name: str, stage: Stage, lmm: LMM, counts: Any) -> dict[str, Any]:
-    from pumice.models.costs import training_flops
+def _what_learns(stage: Stage) -> Trained:
+    from pumice.models.costs import Trained
 
-    learns, trained = learning(stage, lmm)
+    parts = ("vision" in stage.train, "connector" in stage.train, "language" in stage.train)
+    return Trained(*parts, adapters=stage.lora is not None)
+
+
+def _stage(name: str, stage: Stage, lmm: LMM, counts: Counts) -> dict[str, Any]:
+    trained = learning(stage, lmm)[1]
     return {
         "name": name,
         "trained": trained,
         "trained_parameters": sum(trained.values()),
-        "conversation_flops": training_flops(counts, learns),
+        "conversation_flops": stage_flops(stage, counts),
     }
+
+
+def stage_flops(stage: Stage, counts: Counts) -> int:
+    """FLOPs of training on a conversation whose forward pass takes `counts`."""
+    from pumice.models.costs import training_flops
+
+    return training_flops(counts, _what_learns(stage))
 
 
 def _connectors(lmm: LMM, size: tuple[int, int]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,6 +73,10 @@ def run(
     feature_cache_gb: Annotated[
         float | None, typer.Option(metavar="N", help="Write at most N GB of image features.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Take finished stages from here, and keep them here."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe: train, evaluate, report.
@@ -80,22 +85,27 @@ def run(
     DIR gets each stage's checkpoint, recipe.yaml (resolved), metrics.jsonl, scores.json and
     report.html. A stopped run goes on where it stopped. The evaluation follows the last stage;
     exits with 1 when a score is withheld. Started by torchrun, the processes train one model
-    together; each keeps a log in DIR/logs.
+    together; each keeps a log in DIR/logs. With --store, runs that begin alike train a stage once,
+    and a process that still works on DIR is waited for.
     """
+    from pumice.core.locks import locked
     from pumice.core.processes import joined_processes
     from pumice.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     check_choices(loaded, stage)
+    check_store(store, resume)
     cache = _feature_cache(feature_cache, feature_cache_gb)
     resumes = resume == "auto"
     with (
+        nullcontext() if store is None else locked(out / "run.lock"),
         joined_processes() as group,
         LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
     ):
         data = group.from_main(lambda: prepare_run(loaded, out, resumes=resumes))
         specs = [s for s in stage_specs(loaded, data, out) if stage is None or s.name == stage]
-        results = [run_one(s, out, resume=resumes, features=cache, group=group) for s in specs]
+        train = partial(run_one, out=out, resume=resumes, features=cache, group=group, store=store)
+        results = [train(spec) for spec in specs]
         # Again: only now is it known that a run that goes on has the data and backbones it began
         # with.
         group.from_main(lambda: keep_recipe(loaded, out))
@@ -104,7 +114,7 @@ def run(
             evaluated = evaluate_run(loaded, results, data, out)
     if group.is_main:
         if as_json:
-            say_json(_summary(out, specs, results, evaluated))
+            say_json(_summary(out, results, evaluated))
         else:
             _tell(results, evaluated)
     if evaluated is not None and any(scores.failed for scores in evaluated.scores):
@@ -118,6 +128,24 @@ def prepare_run(recipe: Recipe, out: Path, *, resumes: bool) -> Path:
     if not going_on:
         keep_recipe(recipe, out)
     return data
+
+
+def check_store(store: Path | None, resume: str) -> None:
+    """A store needs stages that may be taken from it, and one process that keeps them there."""
+    from pumice.core.distributed import world_size
+
+    if store is None:
+        return
+    if resume == "never":
+        raise PumiceError(
+            f"--resume never trains every stage again, and --store {store} takes finished ones "
+            "from there. Leave one of the two away."
+        )
+    if world_size() > 1:
+        raise PumiceError(
+            f"--store {store} was given to {world_size()} processes (WORLD_SIZE), and only runs of "
+            "one process keep their stages there. Leave --store away, or start it without torchrun."
+        )
 
 
 def check_choices(recipe: Recipe, stage: str | None) -> None:
@@ -209,8 +237,10 @@ def run_one(
     resume: bool,
     features: FeatureCache | None = None,
     group: Processes = ALONE,
+    store: Path | None = None,
 ) -> StageResult:
-    """One stage; its starting checkpoint must be there."""
+    """One stage; its starting checkpoint must be there. With a `store` it may come from there."""
+    from pumice.train.stage_store import StageStore
     from pumice.train.stages import run_stage
 
     if spec.init is not None and not spec.init.is_dir():
@@ -218,7 +248,8 @@ def run_one(
             f"stage {spec.name!r} starts from {spec.init}, which does not exist. Run the stage "
             f"{spec.init.name!r} first, or leave --stage out to run all stages."
         )
-    return run_stage(spec, out, resume=resume, features=features, group=group)
+    train = partial(run_stage, spec, out, resume=resume, features=features, group=group)
+    return train() if store is None else StageStore(store).run(spec, out, train)
 
 
 def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Path) -> Evaluated:
@@ -264,8 +295,10 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
         scores, shuffled = scored(None, ranks), scored("shuffled", ranks)
     if not ranks.is_main:
         return Evaluated(scores, shuffled, None)
-    write_json(out / "scores.json", _score_columns(scores, shuffled))
     seconds = time.monotonic() - start
+    write_json(
+        out / "scores.json", {**_score_columns(scores, shuffled), "seconds": round(seconds, 2)}
+    )
     report = report_run(recipe, results, scores, shuffled, data=eval_data, out=out, seconds=seconds)
     return Evaluated(scores, shuffled, report)
 
@@ -292,17 +325,15 @@ def _differences(old: Any, new: Any, place: str = "") -> list[str]:
     return [] if old == new else [f"{place}: {old!r} there, {new!r} now"]
 
 
-def _summary(
-    out: Path, specs: list[StageSpec], results: list[StageResult], evaluated: Evaluated | None
-) -> dict[str, Any]:
+def _summary(out: Path, results: list[StageResult], evaluated: Evaluated | None) -> dict[str, Any]:
     stages = {
-        spec.name: {
+        result.checkpoint.name: {
             "checkpoint": str(result.checkpoint),
             "steps": result.steps,
             "seconds": result.seconds,
             "final_loss": result.final_loss,
         }
-        for spec, result in zip(specs, results, strict=True)
+        for result in results
     }
     summary: dict[str, Any] = {"out": str(out), "stages": stages}
     if evaluated is not None:

@@ -47,8 +47,8 @@ def bootstrap(
     """
     if not rows:
         return {}
-    keys, sums = _tallies(benchmark, rows)
-    drawn = benchmark.metrics(Sums(keys, _drawn(sums, draws, seed)))
+    keys, sums = tallies(benchmark, rows)
+    drawn = benchmark.metrics(Sums(keys, drawn_sums(sums, draws, seed)))
     intervals = {}
     for name, values in drawn.items():
         known = values[~np.isnan(values)]
@@ -72,8 +72,8 @@ def paired_draws(
 
     Draw k takes the same images for both.
     """
-    (keys_a, sums_a), (keys_b, sums_b) = (_tallies(benchmark, rows) for rows in (rows_a, rows_b))
-    both = _drawn(np.concatenate([sums_a, sums_b], axis=1), draws, seed)
+    (keys_a, sums_a), (keys_b, sums_b) = (tallies(benchmark, rows) for rows in (rows_a, rows_b))
+    both = drawn_sums(np.concatenate([sums_a, sums_b], axis=1), draws, seed)
     width = len(keys_a)
     return reduce(Sums(keys_a, both[:, :width])), reduce(Sums(keys_b, both[:, width:]))
 
@@ -95,7 +95,7 @@ def score_item(
     return Row(item, benchmark.prediction(item, text, extra or {}))
 
 
-def _drawn(sums: Floats, draws: int, seed: int) -> Floats:
+def drawn_sums(sums: Floats, draws: int, seed: int) -> Floats:
     """float[groups, names] -> float[draws, names]: the sums of as many groups, drawn anew."""
     groups = len(sums)
     rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ def _drawn(sums: Floats, draws: int, seed: int) -> Floats:
     return np.concatenate(blocks)
 
 
-def _tallies(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[list[str], Floats]:
+def tallies(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[list[str], Floats]:
     """The names of the sums, and float[groups, names]: what each group of rows adds to them."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -127,7 +127,7 @@ def _tallies(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[list[str], Floa
 def _reduce(benchmark: Benchmark, reduce: Reduce, rows: Sequence[Row]) -> Metrics:
     if not rows:
         return {}
-    keys, table = _tallies(benchmark, rows)
+    keys, table = tallies(benchmark, rows)
     metrics = reduce(Sums(keys, table.sum(axis=0)))
     return {
         name: round(float(value), benchmark.decimals)

@@ -48,8 +48,8 @@ def spec_fingerprint(spec: StageSpec) -> str:
         if content[key] == unused:
             content.pop(key)
     content["data"] = [_data_content(entry) for entry in spec.data]
-    content["vision"] = [_folder_content(folder) for folder in spec.vision]
-    content["language"] = _folder_content(spec.language)
+    content["vision"] = [folder_content(folder) for folder in spec.vision]
+    content["language"] = folder_content(spec.language)
     # A stage without it is named as it was before there was such a thing.
     if (source := content.pop("connector_from")) is not None:
         content["connector_from"] = _connector_content(source)
@@ -90,7 +90,8 @@ def _data_content(entry: DataSpec) -> dict[str, Any]:
     return content if entry.question is None else content | {"question": entry.question}
 
 
-def _folder_content(folder: Path) -> dict[str, str]:
+def folder_content(folder: Path) -> dict[str, str]:
+    """Hashes of what decides how a backbone's folder computes, by file name."""
     found = {name: sha256_file(folder / name) for name in _READ_WHOLE if (folder / name).is_file()}
     weights = (path for path in sorted(folder.glob("*")) if path.suffix in _WEIGHTS)
     return found | {path.name: sha256_ends(path) for path in weights}
@@ -107,5 +108,5 @@ def _checkpoint_content(folder: Path) -> dict[str, str]:
     record = folder / "training.json"
     made = read_json(record).get("fingerprint") if record.is_file() else None
     if made is None:
-        return _folder_content(folder)
+        return folder_content(folder)
     return {"fingerprint": made, "config.json": sha256_file(folder / "config.json")}
