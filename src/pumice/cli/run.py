@@ -22,6 +22,8 @@ from pumice.core.log import LogOfProcess
 from pumice.core.processes import ALONE, Processes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pumice.eval.scores import Scores
     from pumice.models.feature_cache import FeatureCache
     from pumice.recipe.schema import Recipe
@@ -102,16 +104,11 @@ def run(
         joined_processes() as group,
         LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
     ):
-        data = group.from_main(lambda: prepare_run(loaded, out, resumes=resumes))
-        specs = [s for s in stage_specs(loaded, data, out) if stage is None or s.name == stage]
-        train = partial(run_one, out=out, resume=resumes, features=cache, group=group, store=store)
-        results = [train(spec) for spec in specs]
-        # Again: only now is it known that a run that goes on has the data and backbones it began
-        # with.
-        group.from_main(lambda: keep_recipe(loaded, out))
-        evaluated = None
-        if loaded.eval is not None and specs[-1].name == loaded.stage_list()[-1][0]:
-            evaluated = evaluate_run(loaded, results, data, out)
+        results, evaluated = _run_all(
+            loaded, out, stage, group,
+            partial(run_one, out=out, resume=resumes, features=cache, group=group, store=store),
+            resumes=resumes,
+        )  # fmt: skip
     if group.is_main:
         if as_json:
             say_json(_summary(out, results, evaluated))
@@ -119,6 +116,25 @@ def run(
             _tell(results, evaluated)
     if evaluated is not None and any(scores.failed for scores in evaluated.scores):
         raise typer.Exit(1)
+
+
+def _run_all(
+    recipe: Recipe,
+    out: Path,
+    stage: str | None,
+    group: Processes,
+    train: Callable[[StageSpec], StageResult],
+    *,
+    resumes: bool,
+) -> tuple[list[StageResult], Evaluated | None]:
+    data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes))
+    specs = [s for s in stage_specs(recipe, data, out) if stage is None or s.name == stage]
+    results = [train(spec) for spec in specs]
+    # Again: only now is it known that a run that goes on has the data and backbones it began with.
+    group.from_main(lambda: keep_recipe(recipe, out))
+    if recipe.eval is None or specs[-1].name != recipe.stage_list()[-1][0]:
+        return results, None
+    return results, evaluate_run(recipe, results, data, out)
 
 
 def prepare_run(recipe: Recipe, out: Path, *, resumes: bool) -> Path:
