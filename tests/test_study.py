@@ -15,6 +15,7 @@ from pumice.recipe.schema import Recipe
 from pumice.study.analyse import analyse
 from pumice.study.cells import Cell, arms_of, cells_of, in_running_order
 from pumice.study.costs import Cost
+from pumice.study.findings import findings_text
 from pumice.study.report import write_report
 from pumice.study.runner import Job, run_missing
 from pumice.study.spec import StudyFile, load_study, study_names
@@ -259,3 +260,18 @@ def test_the_plan_lists_runs_and_time(root: Path, world: Path, tmp_path: Path, r
     code, _, err = run("study", file)
     assert code == 2 and "--out" in err
     assert "data-efficiency" in run("study", "--list")[1]
+
+
+def test_findings_are_made_from_the_records() -> None:
+    """docs/findings.md is what `python benchmarks/findings.py` writes, from records."""
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs" / "findings.md").read_text(encoding="utf-8")
+    files = sorted((root / "benchmarks" / "results" / "studies").glob("*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    studies = {name: load_study(name)[0] for name in study_names()}
+    assert page == findings_text(records, studies)
+    assert records and all(len(record["seeds"]) >= 3 for record in records)
+    unrun = page.partition("## Not run yet")[2]
+    assert all(
+        (f"`{name}`" in unrun) == (name not in {r["name"] for r in records}) for name in studies
+    )

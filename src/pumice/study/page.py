@@ -103,7 +103,7 @@ def _claims(findings: Findings) -> str:
     untold = "".join(f"<li>{escape(text)}</li>" for text in findings.study.not_testable)
     return _section(
         "What the paper says",
-        "A claim is shown when the interval of the difference leaves out zero on the claimed side.",
+        "A claim is shown when the whole interval of the difference is on the claimed side.",
         f'<div class="scroll"><table class="claims"><thead>{head}</thead><tbody>\n{body}\n'
         "</tbody></table></div>"
         + (

@@ -91,7 +91,8 @@ def pareto_plot(findings: Findings, metric: Metric) -> Plot | None:
         and (own := findings.means[result.arm.name].get(str(metric))) is not None
         and own.interval is not None
     ]
-    if len(points) < 2:
+    if len({flops for _, flops, _ in points}) < 2:
+        # Arms of one cost have nothing to trade.
         return None
     costs = [math.log10(flops) for _, flops, _ in points]
     y, parts = _y_axis([value for *_, own in points for value in _ends(own)], metric.title)
