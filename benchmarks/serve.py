@@ -44,14 +44,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--max-waiting", type=int, default=32)
+    parser.add_argument("--kept-mib", type=int, default=96, help="filled within the time")
     arguments = parser.parse_args()
-    options = ("--max-waiting", str(arguments.max_waiting))
+    options = ["--max-waiting", str(arguments.max_waiting)]
+    options += ["--kept-mib", str(arguments.kept_mib)]
     with serving(arguments.model, *options) as server:
         record = measure(server, arguments.clients, arguments.seconds)
     record = {
         **where("serve.py"),
         "model": arguments.model,
         "max_waiting": arguments.max_waiting,
+        "kept_mib": arguments.kept_mib,
         "protocol": "clients that ask again at once (after 429: after Retry-After); an image each, "
         f"of {PICTURES} or, every fourth time, one never shown before; four questions, at most 48 "
         "tokens; half of the clients OpenAI's, half raw HTTP, half of the answers streamed; "
@@ -88,10 +91,11 @@ def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    memory = []
+    memory, kept = [], []
     for _ in range(SAMPLES):
         time.sleep(seconds / SAMPLES)
         memory.append(server.resident_megabytes)
+        kept.append(server.kept_megabytes)
     for thread in threads:
         thread.join()
     cuts = statistics.quantiles(taken, n=100)
@@ -105,6 +109,7 @@ def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:
             "p99": round(cuts[98], 2),
         },
         "resident_megabytes": memory,
+        "kept_for_later_megabytes": kept,
     }
 
 

@@ -305,6 +305,19 @@ def test_a_signal_lets_running_requests_end_and_refuses_new_ones(model: Model) -
     server.http.close()
 
 
+def test_what_is_kept_for_later_has_a_bound(model: Model) -> None:
+    small = Model(model.lmm, model.processor, 4, kept_bytes=600_000)
+    server = Running(small, Limits(drain_seconds=1.0))
+    try:
+        for seed in range(12):
+            assert server.post(messages=messages(uri(picture(seed))), max_tokens=2).is_success
+        kept = counters(server)
+        assert 0 < kept.prefix_bytes <= 400_000 and 0 < kept.feature_bytes
+        assert kept.images_encoded == 12
+    finally:
+        server.stop()
+
+
 def test_bodies_of_all_requests_together_have_a_limit(model: Model) -> None:
     server = Running(model, Limits(max_held_bytes=1000, drain_seconds=1.0))
     try:

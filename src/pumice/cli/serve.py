@@ -37,6 +37,9 @@ class LimitOptions:
     token_budget: Annotated[
         int | None, _option("--token-budget", "Positions in flight at once.", 1)
     ] = None
+    kept_mib: Annotated[
+        int, _option("--kept-mib", "MiB of images and prompts kept for later requests.", 0)
+    ] = 1536
     max_waiting: Annotated[
         int, _option("--max-waiting", "Requests that may wait; others get 429.", 0)
     ] = 256
@@ -94,7 +97,7 @@ def serve(
     from pumice.serve.server import Server
 
     given = asdict(limiting)
-    max_batch = given.pop("max_batch")
+    max_batch, kept = given.pop("max_batch"), given.pop("kept_mib") * _MEBIBYTE
     limits = Limits(
         max_image_bytes=given.pop("max_image_mib") * _MEBIBYTE,
         max_body_bytes=given.pop("max_body_mib") * _MEBIBYTE,
@@ -103,7 +106,7 @@ def serve(
     )
     with listen(host, port) as listener:
         called = name or Path(model).resolve().name
-        loaded = load(model, max_batch=max_batch, **asdict(loading))
+        loaded = load(model, max_batch=max_batch, kept_bytes=kept, **asdict(loading))
         server = Server(loaded, called, limits=limits, api_key=api_key or os.environ.get(_KEY))
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"

@@ -12,7 +12,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.registry import check_choice, suggest
 from pumice.core.shipped import resolve_model
 from pumice.core.types import Message, Request, Result, Sampling, user
-from pumice.infer.engine import Engine
+from pumice.infer.engine import KEPT_BYTES, Engine
 from pumice.infer.placement import placement
 from pumice.infer.requests import chat_messages
 from pumice.models.quantize import check_method, pack_for_cpu
@@ -32,10 +32,24 @@ AdapterUse = Literal["merge", "keep"]
 class Model:
     """A language-and-vision model with its processor, ready to answer."""
 
-    def __init__(self, lmm: LMM, processor: Processor, max_batch: int = 16) -> None:
+    def __init__(
+        self,
+        lmm: LMM,
+        processor: Processor,
+        max_batch: int = 16,
+        *,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         self.lmm = lmm
         self.processor = processor
-        self.engine = Engine(lmm, processor, max_batch)
+        features = kept_bytes // 3
+        self.engine = Engine(
+            lmm,
+            processor,
+            max_batch,
+            prefix_bytes=kept_bytes - features,
+            feature_bytes=features,
+        )
 
     def ask(self, text: str, images: Sequence[ImageLike] = (), **sampling: Any) -> Result:
         """The answer to one question about any number of images; raises when there is none.
@@ -79,6 +93,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     max_batch: int = 16,
+    kept_bytes: int = KEPT_BYTES,
     quantize: str | None = None,
     base: str | Path | None = None,
     vision: str | Path | None = None,
@@ -90,7 +105,8 @@ def load(
     pumice, Hugging Face LLaVA, LLaVA-NeXT, InstructBLIP and IDEFICS, original LLaVA, and a language
     model alone are recognised by what lies in the directory. Without `device` the GPU if there is
     one; without `dtype` bfloat16 there and float32 on CPU. `quantize` ("int8" or "int4") holds the
-    language model's linear layers in so many bits. `base` is the language model that a connector or
+    language model's linear layers in so many bits. `kept_bytes` bounds what is kept of images and
+    of beginnings of prompts for later requests. `base` is the language model that a connector or
     an adapter belongs to, `vision` the vision backbone that a checkpoint only names, `template` the
     name of a conversation template where the directory does not say it. An `adapter` (LoRA) is
     merged into its base as it is read, or kept beside it ("keep").
@@ -110,7 +126,7 @@ def load(
         keep_adapter=adapter == "keep",
     )
     pack_for_cpu(lmm.language)
-    return Model(lmm, processor, max_batch)
+    return Model(lmm, processor, max_batch, kept_bytes=kept_bytes)
 
 
 def _question(text: str, images: Sequence[ImageLike], sampling: dict[str, Any]) -> Request:
