@@ -9,7 +9,7 @@ OUT ?= runs/pocket
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format check clean
+.PHONY: help venv demo test test-first test-second lint format check clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -30,8 +30,19 @@ lint: venv ## ruff, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each: on two cores half the time of one after the other.
+FIRST := $(wildcard tests/test_[a-k]*.py)
+SECOND := $(filter-out $(FIRST),$(wildcard tests/test_*.py))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider
+
 test: lint ## lint, then every test
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-first test-second
+
+test-first: venv
+	$(PYTEST) $(FIRST)
+
+test-second: venv
+	$(PYTEST) $(SECOND)
 
 check: test ## everything CI runs, then doctor
 	$(BIN)/pumice doctor
