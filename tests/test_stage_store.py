@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-from pumice.core.locks import locked
 from pumice.train.adapters import LoraTraining
 from pumice.train.stage_store import StageStore
 from pumice.train.stages import StageResult, StageSpec, run_stage
@@ -78,13 +75,3 @@ def test_a_store_and_never_resuming_contradict(
     args = ("run", "pocket-quick", "--out", tmp_path, "--store", tmp_path, "--resume", "never")
     code, _, err = run(*args)
     assert code == 2 and "--store" in err and "--resume never" in err
-
-
-def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
-    import fcntl
-
-    with locked(tmp_path / "deep" / "lock"), (tmp_path / "deep" / "lock").open() as other:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with locked(tmp_path / "deep" / "lock"):
-        pass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pumice.cli.endpoint import check_options, is_url, remote_endpoint
+from pumice.cli.endpoint import check_options, is_url, remote_model
 from pumice.cli.options import (
     ENDPOINT,
     LOADING,
@@ -87,8 +87,8 @@ def _speaking(model: str, endpoint: EndpointOptions, loading: LoadOptions) -> It
     if is_url(model):
         from pumice.infer.remote_stream import stream_remote
 
-        where, name = remote_endpoint(model, endpoint)
-        yield lambda request: stream_remote(where, name, request)
+        with remote_model(model, endpoint) as remote:
+            yield lambda request: stream_remote(remote, request)
         return
     from pumice.infer.model import load
     from pumice.infer.online import Online

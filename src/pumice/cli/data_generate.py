@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pumice.cli.endpoint import open_endpoint
 from pumice.cli.options import JsonOption, example
 from pumice.cli.output import note, say, say_json
 from pumice.cli.prices import read_prices
@@ -71,7 +71,7 @@ def generate(
     the same command goes on where it stopped and pays for nothing twice. Rejected rows go to
     FILE.rejected.jsonl with their reason. Exits with 1 when an image got no reply.
     """
-    from pumice.core.llm_client import Endpoint, LLMClient
+    from pumice.core.llm_client import LLMClient
     from pumice.data import engine
     from pumice.data.engine_examples import read_examples
     from pumice.data.engine_scenes import read_described
@@ -87,12 +87,8 @@ def generate(
         examples=() if examples is None else read_examples(examples, wanted, language),
     )
     scenes = read_described(captions, boxes)[:limit]
-    target = Endpoint(
-        url=endpoint,
-        api_key=os.environ.get("PUMICE_API_KEY") or os.environ.get("OPENAI_API_KEY"),
-        concurrency=concurrency,
-        per_minute=per_minute,
-        timeout=timeout,
+    target = open_endpoint(
+        endpoint, concurrency=concurrency, per_minute=per_minute, timeout=timeout
     )
     prices = read_prices(price_in, price_out, "--price")
     with LLMClient(target, cache=_beside(out, "replies"), prices=prices, cost_cap=cost_cap) as llm:

@@ -62,28 +62,24 @@ def remote_model(
     from pumice.core.llm_client import LLMClient
     from pumice.infer.remote import RemoteModel, choose_model
 
-    with LLMClient(_endpoint(url, options)) as client:
+    endpoint = open_endpoint(
+        url,
+        concurrency=options.concurrency,
+        per_minute=options.per_minute,
+        timeout=options.timeout,
+    )
+    with LLMClient(endpoint) as client:
         name = choose_model(client, options.api_model)
         yield RemoteModel(client, name, images=options.api_images, extra=extra)
 
 
-def remote_endpoint(url: str, options: EndpointOptions) -> tuple[Endpoint, str]:
-    """The endpoint and the name of its model, for who asks it in another way."""
-    from pumice.core.llm_client import LLMClient
-    from pumice.infer.remote import choose_model
-
-    endpoint = _endpoint(url, options)
-    with LLMClient(endpoint) as client:
-        return endpoint, choose_model(client, options.api_model)
-
-
-def _endpoint(url: str, options: EndpointOptions) -> Endpoint:
+def open_endpoint(
+    url: str, *keys: str, concurrency: int, per_minute: float | None, timeout: float
+) -> Endpoint:
+    """The endpoint with its key, which is in one of `keys` of the environment or the usual ones."""
     from pumice.core.llm_client import Endpoint
 
+    key = next((key for name in (*keys, *_KEYS) if (key := os.environ.get(name))), None)
     return Endpoint(
-        url=url,
-        api_key=next((key for name in _KEYS if (key := os.environ.get(name))), None),
-        concurrency=options.concurrency,
-        per_minute=options.per_minute,
-        timeout=options.timeout,
+        url=url, api_key=key, concurrency=concurrency, per_minute=per_minute, timeout=timeout
     )

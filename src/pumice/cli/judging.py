@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pumice.cli.endpoint import is_url
+from pumice.cli.endpoint import is_url, open_endpoint
 from pumice.cli.output import note
 from pumice.cli.prices import read_prices
 from pumice.cli.weights import weights_hash
@@ -27,7 +26,7 @@ REPLIES = "judge.replies.jsonl"
 """What a judge said, beside what it judged, so that nothing is paid for twice."""
 RUBRIC = "rubric"
 """In the place of a judge: none."""
-_KEYS = ("PUMICE_JUDGE_API_KEY", "PUMICE_API_KEY", "OPENAI_API_KEY")
+_KEY = "PUMICE_JUDGE_API_KEY"
 _ENDPOINTS_OWN = (
     "judge_model", "judge_budget", "judge_price_in", "judge_price_out", "judge_concurrency",
     "judge_per_minute", "judge_timeout",
@@ -130,11 +129,11 @@ def _opened(options: JudgeOptions, replies: Path) -> Iterator[Judge]:
 
 
 def _client(options: JudgeOptions, replies: Path) -> LLMClient:
-    from pumice.core.llm_client import Endpoint, LLMClient
+    from pumice.core.llm_client import LLMClient
 
-    endpoint = Endpoint(
-        url=options.judge,
-        api_key=next((key for name in _KEYS if (key := os.environ.get(name))), None),
+    endpoint = open_endpoint(
+        options.judge,
+        _KEY,
         concurrency=options.judge_concurrency,
         per_minute=options.judge_per_minute,
         timeout=options.judge_timeout,

@@ -90,7 +90,8 @@ def run(
     together; each keeps a log in DIR/logs. With --store, runs that begin alike train a stage once,
     and a process that still works on DIR is waited for.
     """
-    from pumice.core.locks import locked
+    from filelock import FileLock
+
     from pumice.core.processes import joined_processes
     from pumice.recipe.load import load_recipe
 
@@ -100,7 +101,7 @@ def run(
     cache = _feature_cache(feature_cache, feature_cache_gb)
     resumes = resume == "auto"
     with (
-        nullcontext() if store is None else locked(out / "run.lock"),
+        nullcontext() if store is None else FileLock(out / "run.lock"),
         joined_processes() as group,
         LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
     ):

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     lines = (
         "pumice study --list",
-        "pumice study answer-length --plan",
+        "pumice study data-efficiency --plan",
         "pumice study mine.yaml --out runs/mine --workers 2",
     )
     app.command("study", epilog=example(*lines))(study)
@@ -248,17 +248,13 @@ def _plan_text(record: dict[str, Any]) -> str:
 
 
 def _time_text(record: dict[str, Any]) -> str:
+    from pumice.study.tables import clock
+
     if record["missing"] == 0:
         return "Nothing is left to run."
     if record["seconds"] is None:
         return "Time: not known, since stages are given in epochs of data that is not counted."
     return (
-        f"Time, one run after the other: about {_clock(record['seconds'])}, by "
+        f"Time, one run after the other: about {clock(record['seconds'])}, by "
         f"{record['rate_from']}; {record['workers']} at a time."
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes = max(1, round(seconds / 60))
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import JsonlWriter, read_jsonl
@@ -27,11 +27,10 @@ class ReplyCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = FileLock(path, thread_local=False)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             raise PumiceError(
                 f"the replies {path} are in use by another process, which would pay for the same "
                 f"answers. Wait until it has ended, or give another file."
@@ -79,9 +78,7 @@ class ReplyCache:
     def close(self) -> None:
         """Lets the next process in; closing twice is fine."""
         self._writer.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     def _count(self, row: dict[str, Any]) -> None:
         self.spent += float(row.get("cost") or row.get("lost") or 0.0)

@@ -174,6 +174,11 @@ class Benchmark(ABC):
     def metrics(self, sums: Sums) -> dict[str, Floats]:
         """Sums of float[...] -> the metrics, each float[...]; shares are in percent."""
 
+    def metric_names(self) -> tuple[str, ...]:
+        """What `metrics` gives, whatever the answers are."""
+        # One category, and nothing counted in it.
+        return tuple(self.metrics(Sums(["n/any"], np.zeros(1))))
+
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Everything that decides a score apart from the model: prompt, parser, metric."""

@@ -32,6 +32,11 @@ def find_file_if_any(data_dir: Path, name: str, candidates: Iterable[str]) -> Pa
     return next((path for path in _places(data_dir, name, candidates) if path.is_file()), None)
 
 
+def in_folders(folders: Iterable[str], *names: str) -> list[str]:
+    """Candidates for files of a release: in its folders first, as their names are anybody's."""
+    return [f"{folder}/{name}" for folder in folders for name in names] + list(names)
+
+
 def _places(data_dir: Path, name: str, candidates: Iterable[str]) -> list[Path]:
     return [data_dir / folder / file for file in candidates for folder in ("", name)]
 

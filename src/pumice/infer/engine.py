@@ -8,8 +8,7 @@ requests and single ones; `online.Online` answers many threads with the same sch
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +25,7 @@ from pumice.infer.sampling import Sampler, check_sampling
 from pumice.infer.scheduler import Limits, Memory, Scheduler, Totals
 from pumice.models.constants import IMAGE_ID
 from pumice.models.lmm import LMM
+from pumice.models.modes import evaluating
 
 if TYPE_CHECKING:
     from pumice.processing.processor import Encoded, Processor
@@ -240,18 +240,3 @@ def _check_pair(lmm: LMM, processor: Processor) -> None:
                 f"the processor and the model do not belong together: {what} are {given} for the "
                 f"processor and {wanted} for the model. Take both from one checkpoint."
             )
-
-
-@contextmanager
-def evaluating(lmm: LMM) -> Iterator[None]:
-    """While it lasts, the model is in evaluation mode; training code generates too."""
-    if not lmm.training:
-        yield
-        return
-    modes = [(module, module.training) for module in lmm.modules()]
-    lmm.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -24,10 +24,11 @@ from types import TracebackType
 
 from pumice.core.errors import PumiceError
 from pumice.core.types import Request, Result
-from pumice.infer.engine import Engine, evaluating
+from pumice.infer.engine import Engine
 from pumice.infer.features import Key, Opened
 from pumice.infer.rows import Row
 from pumice.infer.scheduler import Limits
+from pumice.models.modes import evaluating
 
 log = logging.getLogger(__name__)
 

@@ -64,7 +64,7 @@ class RemoteModel:
         An empty text counts as an answer only where the reply is complete and says so itself.
         """
         try:
-            wanted = self._chat_request(request)
+            wanted = self.chat_request(request)
         except DataError as error:
             return Result(id=request.id, error=str(error))
         reply = self.client.ask(wanted)
@@ -121,7 +121,8 @@ class RemoteModel:
             if on_result and not future.cancelled() and future.result().error is None:
                 on_result(future.result())
 
-    def _chat_request(self, request: Request) -> ChatRequest:
+    def chat_request(self, request: Request) -> ChatRequest:
+        """What is sent; raises DataError for a picture that cannot be."""
         messages = request.messages
         if self.images == "square":
             messages = tuple(map(_with_squares, messages))

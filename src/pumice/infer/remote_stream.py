@@ -9,32 +9,22 @@ from typing import Any
 import httpx2
 
 from pumice.core.errors import PumiceError
-from pumice.core.llm_client import Endpoint
-from pumice.core.llm_types import chat_messages
 from pumice.core.types import FinishReason, Request, Result
+from pumice.infer.remote import RemoteModel
 
 _DATA = "data:"
 
 
-def stream_remote(endpoint: Endpoint, name: str, request: Request) -> Generator[str, None, Result]:
-    """The pieces of one answer of the model `name`; the generator returns the whole result.
+def stream_remote(model: RemoteModel, request: Request) -> Generator[str, None, Result]:
+    """The pieces of one answer; the generator returns the whole result.
 
     Closing the generator closes the connection, by which the server knows that nobody listens.
     Raises PumiceError when there is no answer, or only a part of it.
     """
-    sampling = request.sampling
-    body: dict[str, Any] = {
-        "model": name,
-        "messages": list(chat_messages(request.messages)),
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if sampling.temperature > 0:
-        body |= {"seed": sampling.seed, "top_p": sampling.top_p}
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    body = model.chat_request(request).body() | streaming
+    endpoint, url = model.client.endpoint, f"{model.client.url}/chat/completions"
     key = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    url = endpoint.url.rstrip("/") + "/chat/completions"
     text, finish = "", ""
     used: dict[str, Any] = {}
     try:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pumice.core.errors import PumiceError
 from pumice.models.head_loss import PIECE, has_plain_head, head_loss
+from pumice.models.modes import evaluating
 from pumice.models.packed_attention import Documents
 from pumice.models.pretrained import (
     default_attention,
@@ -151,14 +152,8 @@ class LanguageModel(nn.Module):
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Without dropout and gradients, for a while."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self), torch.no_grad():
+            yield
 
     def has_plain_head(self) -> bool:
         """Whether the loss may be computed a piece at a time; tried on the model the first time."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pumice.core.errors import PumiceError
-from pumice.core.registry import suggest
+from pumice.core.registry import check_choice, suggest
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.study.cells import Arm, Cell, arms_of, reference_arm
 from pumice.study.results import ArmResult, Reader
@@ -165,7 +165,7 @@ def between(base: ArmResult, other: ArmResult, metrics: Sequence[Metric]) -> dic
     for name in dict.fromkeys(metric.benchmark for metric in metrics):
         if name not in base.measured or name not in other.measured:
             continue
-        gaps = differences(BENCHMARKS[name], base.measured[name], other.measured[name])
+        gaps = differences(base.benchmarks[name], base.measured[name], other.measured[name])
         found |= {f"{name}.{key}": gap for key, gap in gaps.items()}
     return {str(metric): found[str(metric)] for metric in metrics if str(metric) in found}
 
@@ -173,14 +173,8 @@ def between(base: ArmResult, other: ArmResult, metrics: Sequence[Metric]) -> dic
 def _means(result: ArmResult, metrics: Sequence[Metric]) -> dict[str, Estimate]:
     found: dict[str, Estimate] = {}
     for name, measured in result.measured.items():
-        own = estimates(BENCHMARKS[name], measured)
+        own = estimates(result.benchmarks[name], measured)
         found |= {f"{name}.{key}": estimate for key, estimate in own.items()}
-        for metric in metrics:
-            if metric.benchmark == name and str(metric) not in found:
-                raise PumiceError(
-                    f"the study asks for {metric}, but {name} has: {', '.join(own)}."
-                    f"{suggest(metric.name, own)}"
-                )
     return {str(metric): found[str(metric)] for metric in metrics if str(metric) in found}
 
 
@@ -198,6 +192,7 @@ def metrics_of(study: StudyFile, cells: Sequence[Cell]) -> tuple[Metric, ...]:
                 f"the metric {text!r} of study {study.name!r} is not BENCHMARK.METRIC of what its "
                 f"runs are asked: {', '.join(asked)}.{suggest(benchmark, asked)}"
             )
+        check_choice(f"the metric of {benchmark}", name, BENCHMARKS[benchmark].metric_names())
         metrics.append(Metric(benchmark, name))
     return tuple(metrics)
 

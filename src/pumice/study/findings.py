@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pumice.study.spec import StudyFile
-from pumice.study.tables import markdown_table
+from pumice.study.tables import interval_text, markdown_table
 
 Record = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ def _claims(record: Record) -> str:
     for claim in record["claims"]:
         gap = "-"
         if claim["difference"] is not None:
-            gap = _number(claim["difference"], claim["interval"], signed=True)
+            gap = interval_text(claim["difference"], claim["interval"], signed=True)
         found = f"{claim['metric']}, {claim['more']} less {claim['less']}: {gap}"
         rows.append((claim["text"], claim["paper"] or "-", found, f"**{claim['status']}**"))
     return markdown_table(rows) + "\n" if len(rows) > 1 else ""
@@ -55,7 +55,7 @@ def _arms(record: Record) -> str:
         cells = []
         for metric in record["metrics"]:
             own = arm["metrics"][metric]
-            mean = "-" if own["mean"] is None else _number(own["mean"], own["interval"])
+            mean = "-" if own["mean"] is None else interval_text(own["mean"], own["interval"])
             cells.append(f"{mean}, {own['verdict']}")
         rows.append((arm["name"], *cells))
     return markdown_table(rows) + "\n"
@@ -72,10 +72,3 @@ def _remarks(record: Record) -> str:
     if lost:
         lines.append(f"{lost} runs have no result.")
     return "\n\n".join(lines) + "\n"
-
-
-def _number(value: float, interval: Sequence[float] | None, *, signed: bool = False) -> str:
-    form = "+.1f" if signed else ".1f"
-    if interval is None:
-        return f"{value:{form}}"
-    return f"{value:{form}} ({interval[0]:{form}} to {interval[1]:{form}})"

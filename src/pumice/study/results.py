@@ -11,7 +11,7 @@ from statistics import mean
 from pumice.core.errors import DataError
 from pumice.core.files import read_json, read_jsonl
 from pumice.eval.benchmark import Benchmark, Item, Row
-from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.choose import benchmark_of
 from pumice.eval.compare import items_of_run, rows_of_run
 from pumice.eval.metrics import tallies
 from pumice.eval.runner import SCORES
@@ -49,6 +49,8 @@ class ArmResult:
 
     arm: Arm
     cost: ArmCost
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    """As the runs were asked, by name: with their options, and the judge if there was one."""
     measured: dict[str, Measured] = field(default_factory=dict)
     """By benchmark."""
     lengths: dict[str, Counter[int]] = field(default_factory=dict)
@@ -62,7 +64,8 @@ class Reader:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._items: dict[tuple[str, str], tuple[Benchmark, list[Item]]] = {}
+        self._benchmarks: dict[str, Benchmark] = {}
+        self._items: dict[tuple[str, str], list[Item]] = {}
         self._protocols: dict[str, str] = {}
 
     def arm(self, arm: Arm, cells: Sequence[Cell]) -> ArmResult:
@@ -80,7 +83,7 @@ class Reader:
         for name in chosen.benchmarks if chosen is not None and done else ():
             folders = {cell.seed: self.store.run(cell.key) / "eval" / name for cell in done}
             rows = {seed: self._rows(folder) for seed, folder in folders.items()}
-            benchmark = BENCHMARKS[name]
+            benchmark = result.benchmarks[name] = self._benchmarks[name]
             result.measured[name] = stacked(
                 {seed: tallies(benchmark, found) for seed, found in rows.items()}
             )
@@ -101,15 +104,13 @@ class Reader:
                 "it, so their answers cannot be compared. Let no axis change `eval`, or the world "
                 "that questions are about; eval.data can name one directory for all arms."
             )
+        benchmark = self._benchmarks.setdefault(scores.benchmark, benchmark_of(scores))
         # The same questions may be about pictures of another size, in another directory.
         key = (scores.benchmark, str(scores.origin.get("data")))
         if key not in self._items:
-            options = scores.protocol.get("options", {})
-            benchmark = BENCHMARKS[scores.benchmark].with_options(options)
-            self._items[key] = (benchmark, items_of_run(benchmark, folder, scores))
-        benchmark, items = self._items[key]
-        rows = rows_of_run(folder, benchmark, items, scores)
-        return [rows[item.id] for item in items]
+            self._items[key] = items_of_run(benchmark, folder, scores)
+        rows = rows_of_run(folder, benchmark, self._items[key], scores)
+        return [rows[item.id] for item in self._items[key]]
 
     def _cost(self, cell: Cell, done: Sequence[Cell]) -> ArmCost:
         steps = {name: stage.steps for name, stage in cell.recipe.stage_list()}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pumice.core.locks import locked
+from filelock import FileLock
+
 from pumice.core.log import get_logger
 from pumice.core.progress import progress
 from pumice.study.cells import Cell, in_running_order
@@ -92,7 +93,7 @@ class _Worker:
     def work(self, cell: Cell, recipe: Path) -> None:
         """One run, unless somebody else has finished it in the meantime."""
         store, key, name = self.store, cell.key, f"{cell.arm.name}, seed {cell.seed}"
-        with locked(store.lock(key)):
+        with FileLock(store.lock(key)):
             if store.state(key) == "done":
                 return
             log.info("%s begins (%s)", name, key)

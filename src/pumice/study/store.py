@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from pumice.core.files import read_json, sha256_bytes, write_atomic, write_json
-from pumice.core.locks import locked
 from pumice.recipe.load import resolved_yaml
 from pumice.recipe.schema import Recipe
 
@@ -57,11 +58,6 @@ class Store:
             return "done"
         return "failed" if (self.run(key) / _FAILED).is_file() else "missing"
 
-    def record(self, key: str) -> dict[str, Any]:
-        """What is known of a finished run: its seconds."""
-        found: dict[str, Any] = read_json(self.run(key) / _DONE)
-        return found
-
     def error(self, key: str) -> str:
         """Why a run failed."""
         return str(read_json(self.run(key) / _FAILED)["error"])
@@ -82,7 +78,7 @@ class Store:
             chosen = recipe.world.model_dump(exclude_defaults=True)
             name = sha256_bytes(json.dumps(chosen, sort_keys=True).encode())[:16]
             world = self.root / "worlds" / name
-            with locked(self.lock(f"world-{name}")):
+            with FileLock(self.lock(f"world-{name}")):
                 make_world(world, settings)
             recipe = recipe.model_copy(update={"data": str(world.resolve())})
         path = self.root / "recipes" / f"{key}.yaml"

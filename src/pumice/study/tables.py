@@ -167,12 +167,16 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def with_interval(estimate: Estimate, *, signed: bool = False) -> str:
     """ "93.1 (92.0 to 94.2)"; with a sign for differences."""
+    return interval_text(estimate.value, estimate.interval, signed=signed)
+
+
+def interval_text(value: float, interval: Sequence[float] | None, *, signed: bool = False) -> str:
+    """The same of plain numbers; the value alone where its interval is not known."""
     form = "+.1f" if signed else ".1f"
-    value = f"{estimate.value:{form}}"
-    if estimate.interval is None:
-        return value
-    low, high = estimate.interval
-    return f"{value} ({low:{form}} to {high:{form}})"
+    if interval is None:
+        return f"{value:{form}}"
+    low, high = interval
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def clock(seconds: float) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 from pumice.core.distributed import local_rank, world_size
 from pumice.core.errors import PumiceError
 from pumice.core.processes import ALONE, Processes
-from pumice.models.cross_attention import decoder_blocks
+from pumice.models.recompute import block_lists, checkpoint_blocks
 
 if TYPE_CHECKING:
     from pumice.models.lmm import LMM
@@ -90,7 +90,6 @@ def _prepare_blocks(
     lmm: LMM, checkpointing: str, compiled: bool, device: str | None = None
 ) -> None:
     from pumice.models.compiled import compile_blocks
-    from pumice.models.recompute import checkpoint_blocks
 
     if compiled:
         compile_blocks(lmm, device or lmm.device.type)
@@ -127,9 +126,9 @@ def _shard(lmm: LMM, device: torch.device, size: int, *, whole_vision: bool, hal
     )
     if whole_vision:
         lmm.vision.to(device)
-    blocks = [*decoder_blocks(lmm.language), *(() if whole_vision else _vision_blocks(lmm.vision))]
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for blocks in block_lists(lmm):
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     left_out = set(lmm.vision.parameters()) if whole_vision else set()
     fully_shard(lmm, mesh=mesh, ignored_params=left_out)
     for module in lmm.modules():
@@ -150,17 +149,6 @@ def _exchange_unused(lmm: Any) -> None:
             f"2.13 and newer can. Install it, or train with one process."
         )
     lmm.set_reduce_scatter_unused_params(True, recurse=False)
-
-
-def _vision_blocks(vision: nn.Module) -> list[nn.Module]:
-    """The blocks of a vision backbone, or of both of a pair: the longest lists in it."""
-    lists = [m for m in vision.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    outer = [one for one in lists if not any(one is not o and _holds(o, one) for o in lists)]
-    return [block for blocks in outer for block in blocks]
-
-
-def _holds(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(module is inner for module in outer.modules())
 
 
 def _outline(lmm: LMM) -> LMM:

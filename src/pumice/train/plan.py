@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from pumice.core.errors import PumiceError
+from pumice.data.loader import WINDOW
 from pumice.models.costs import (
     Counts,
     ImageCost,
@@ -40,8 +41,6 @@ _UPDATE = 28
 # Left for the driver, kernels' workspace and fragmentation.
 SPARE = 0.08
 _DRAWN = 4096
-# Batches that are sorted together where a stage groups by length (`data.loader.WINDOW`).
-_WINDOW = 50
 _SHORTEST = 8
 _SUPERVISED = 0.6
 
@@ -300,7 +299,7 @@ class Planner:
         padded = []
         for kind in kinds:
             if stage.group_by_length:
-                size = _WINDOW * stage.batch_size
+                size = WINDOW * stage.batch_size
                 kind = [r for i in range(0, len(kind), size) for r in sorted(kind[i : i + size])]
             for start in range(0, len(kind), micro):
                 beside = kind[start : start + micro]

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from pumice.core.files import JsonlWriter, read_jsonl
-from pumice.core.locks import locked
 from pumice.train.fingerprint import spec_fingerprint
 from pumice.train.metrics import keep_until
 
@@ -44,7 +45,7 @@ class StageStore:
             return train()
         fingerprint = spec_fingerprint(spec)
         kept = self.directory / fingerprint
-        with locked(self.directory / f"{fingerprint}.lock"):
+        with FileLock(self.directory / f"{fingerprint}.lock"):
             if not (out / spec.name / _DONE).is_file() and kept.is_dir():
                 log.info("stage %s is taken from the store, %s", spec.name, fingerprint[:12])
                 _take(kept, out, spec.name)

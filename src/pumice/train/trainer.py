@@ -22,7 +22,6 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.files import JsonlWriter, write_json
 from pumice.core.progress import Progress, progress
-from pumice.data.held_out import Subset
 from pumice.train.metrics import keep_until, peak_memory_bytes
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from pumice.train.parallel import SharedModel, whole_tensor
@@ -224,15 +223,11 @@ class Trainer:
         )
 
     def _rows_of(self, step: int) -> Callable[[], list[str]]:
-        """Names the rows of a step that are still being read, by file and number."""
-        names = [entry.path.name for entry in self.spec.data]
+        """Names the rows of a step that are still being read, as errors about a row do."""
         parts = self.loader.mixture.parts
-
-        def told(source: int, row: int) -> str:
-            part = parts[source].source
-            return f"{names[source]} row {part.rows[row] if isinstance(part, Subset) else row}"
-
-        return lambda: [told(*row) for row in self.loader.rows_at(step)]
+        return lambda: [
+            parts[source].source.place(row) for source, row in self.loader.rows_at(step)
+        ]
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

@@ -20,6 +20,7 @@ from pumice.core.images import open_image
 from pumice.core.types import ImagePart, Message, Sample, TextPart
 from pumice.data.held_out import Subset, image_key
 from pumice.data.mixture import shuffled
+from pumice.models.modes import evaluating
 from pumice.processing.collate import Batch, collate
 
 if TYPE_CHECKING:
@@ -65,20 +66,15 @@ class Validator:
         self, lmm: LMM, done: int, total: int, warmup: float, half: bool
     ) -> dict[str, Any]:
         """The figures after `done` of `total` steps; all processes compute them alike."""
-        modes = {module: module.training for module in lmm.modules()}
-        lmm.eval()
-        try:
-            with (
-                torch.no_grad(),
-                torch.autocast(lmm.device.type, dtype=torch.bfloat16, enabled=half),
-            ):
-                own = list(self._losses(lmm, self.samples))
-                pairs = [n for n, sample in enumerate(self.exchanged) if sample is not None]
-                other = list(self._losses(lmm, [s for s in self.exchanged if s is not None]))
-                probe = [self._asked(lmm, sample) for sample in self.samples[: self.spec.probes]]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with (
+            evaluating(lmm),
+            torch.no_grad(),
+            torch.autocast(lmm.device.type, dtype=torch.bfloat16, enabled=half),
+        ):
+            own = list(self._losses(lmm, self.samples))
+            pairs = [n for n, sample in enumerate(self.exchanged) if sample is not None]
+            other = list(self._losses(lmm, [s for s in self.exchanged if s is not None]))
+            probe = [self._asked(lmm, sample) for sample in self.samples[: self.spec.probes]]
         figures = {
             "loss": sum(loss for loss, _ in own) / sum(count for _, count in own),
             "rows": len(own),
@@ -111,7 +107,7 @@ class Validator:
         batch = collate([prompt], self.processor.pad_id).to(lmm.device)
         ends, said = set(self.processor.end_token_ids), list[int]()
         while len(said) < _NEW_TOKENS:
-            token = int(_next_logits(lmm, batch).argmax())
+            token = int(lmm.last_logits(batch)[0].argmax())
             if token in ends:
                 break
             said.append(token)
@@ -186,20 +182,6 @@ def _with_image(sample: Sample, other: ImagePart) -> Sample:
         for message in sample.messages
     )
     return replace(sample, messages=messages)
-
-
-def _next_logits(lmm: LMM, batch: Batch) -> torch.Tensor:
-    keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    keep[:, -1] = True
-    logits: torch.Tensor = lmm(
-        batch.input_ids,
-        position_ids=batch.position_ids,
-        pixel_values=batch.pixel_values,
-        keep=keep,
-        image_sizes=batch.image_sizes,
-        instruction=batch.instruction,
-    )
-    return logits[0]
 
 
 def _longer(batch: Batch, token: int) -> Batch:

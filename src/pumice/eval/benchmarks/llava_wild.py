@@ -17,7 +17,7 @@ from pumice.core.errors import DataError
 from pumice.core.files import read_json, read_jsonl, sha256_bytes
 from pumice.eval.benchmark import Floats, Item, Sums, mean_of, percent, ratio
 from pumice.eval.judged_benchmark import Attempt, JudgedBenchmark, Message, runs_of
-from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require
+from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, in_folders, require
 from pumice.eval.rubric import overlap
 from pumice.eval.verdicts import Values, Verdict
 
@@ -172,7 +172,7 @@ class LlavaWild(JudgedBenchmark):
         own = {category: {"role": ROLE, "rule": OWN_RULE} for category in CATEGORIES}
         if self.chosen["instruction"] == "own":
             return own
-        file = find_file_if_any(data_dir, self.name, _places("rule.json"))
+        file = find_file_if_any(data_dir, self.name, in_folders(FOLDERS, "rule.json"))
         if file is None:
             self.need_official(None, "rule.json of LLaVA's code (llava/eval/table)")
             return own
@@ -190,13 +190,8 @@ class LlavaWild(JudgedBenchmark):
         return rules
 
 
-def _places(*names: str) -> list[str]:
-    """Where the files of the release lie; the folders first, as their names are anybody's."""
-    return [f"{folder}/{name}" for folder in FOLDERS for name in names] + list(names)
-
-
 def _find(data_dir: Path, *names: str) -> Path:
-    return find_file(data_dir, LlavaWild.name, _places(*names))
+    return find_file(data_dir, LlavaWild.name, in_folders(FOLDERS, *names))
 
 
 def _contexts(file: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pumice.core.errors import DataError
 from pumice.core.files import read_json, sha256_bytes
 from pumice.eval.benchmark import Answer, Floats, Item, Matching, Sums, percent
 from pumice.eval.judged_benchmark import Attempt, JudgedBenchmark, Message
-from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require
+from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, in_folders, require
 from pumice.eval.rubric import AND, OR, keyword_share, plain_truth
 from pumice.eval.verdicts import Values, Verdict
 
@@ -62,7 +62,7 @@ class MMVet(JudgedBenchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         """One item per question; `truth` is the answer with its <AND> and <OR>."""
-        file = find_file(data_dir, self.name, _places("mm-vet.json"))
+        file = find_file(data_dir, self.name, in_folders(FOLDERS, "mm-vet.json"))
         content = read_json(file)
         table = self._table(data_dir)
         find_image = ImageFinder(file.parent, self.name)
@@ -186,7 +186,7 @@ class MMVet(JudgedBenchmark):
     def _table(self, data_dir: Path) -> str:
         if self.chosen["instruction"] == "own":
             return OWN_TABLE
-        file = find_file_if_any(data_dir, self.name, _places(*EVALUATORS))
+        file = find_file_if_any(data_dir, self.name, in_folders(FOLDERS, *EVALUATORS))
         if file is None:
             self.need_official(None, " or ".join(EVALUATORS))
             return OWN_TABLE
@@ -206,10 +206,6 @@ def _code(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     cells = read_json(file).get("cells", [])
     return "\n".join("".join(c["source"]) for c in cells if c.get("cell_type") == "code")
-
-
-def _places(*names: str) -> list[str]:
-    return [f"{folder}/{name}" for folder in FOLDERS for name in names] + list(names)
 
 
 def _integration(capabilities: Sequence[str]) -> str:
