@@ -36,6 +36,7 @@ SECOND := $(filter-out $(FIRST),$(wildcard tests/test_*.py))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider
 
 test: lint ## lint, then every test
+	@echo "Every test, in two halves; each says what it found when it is through (about ten minutes)."
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going test-first test-second
 
 test-first: venv

@@ -7,7 +7,6 @@ On pictures of the world always, and on real photographs where they are at hand:
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from pumice.core.files import read_jsonl
 from pumice.data.open_source import open_source
 from pumice.world.datasets import make_world
 from pumice.world.teacher import Teacher, teaching
+from real_files import PHOTOS, lacking
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PHOTOS = Path(os.environ.get("PUMICE_PHOTOS", REPOSITORY.parent / "shared" / "data" / "photos"))
 SECTION = (
     (REPOSITORY / "docs" / "data.md")
     .read_text("utf-8")
@@ -50,7 +49,7 @@ def world_photos(folder: Path) -> int:
 def real_photos(folder: Path) -> int:
     """All photographs at hand; captions and boxes as COCO lays them out."""
     if not (PHOTOS / "index.json").is_file():
-        pytest.skip("needs photographs with captions")
+        pytest.skip(lacking(PHOTOS, "photographs with captions"))
     photos = json.loads((PHOTOS / "index.json").read_text("utf-8"))
     shutil.copytree(PHOTOS / "images", folder / "photos" / "images")
     names = sorted({thing["cat"] for photo in photos for thing in photo["objects"] or ()})

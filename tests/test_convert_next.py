@@ -112,7 +112,6 @@ def test_names_in_memory_are_known(folder: Path, tmp_path: Path) -> None:
 
 
 def test_gguf_has_no_tiles(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     with pytest.raises(PumiceError, match="cannot express tiled images"):
         convert(folder, tmp_path / "out", "gguf")
 

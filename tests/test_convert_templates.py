@@ -19,9 +19,9 @@ from pumice.models.pretrained import config_to_dict, read_config
 from pumice.processing.images import ImageSpec
 from pumice.processing.jinja import to_jinja
 from pumice.processing.templates import TEMPLATES
+from real_files import CHECKPOINTS, needs
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "checkpoints_format"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published files are not here")
+needs_real = needs(CHECKPOINTS, "published configurations")
 CONVERSATIONS = [name for name in TEMPLATES if TEMPLATES[name].user_text]
 OWN = (
     "{{ bos_token }}{% for message in messages %}"
@@ -98,7 +98,7 @@ def test_a_folder_without_image_settings(tmp_path: Path) -> None:
 
 @needs_real
 def test_published_port_opens_as_it_was_published() -> None:
-    folder = REAL / "llava-1.5-7b-hf"
+    folder = CHECKPOINTS / "llava-1.5-7b-hf"
     config = read_config(folder, part="LLaVA")
     lmm_config = LMMConfig(
         vision=config_to_dict(config.vision_config),
@@ -115,9 +115,9 @@ def test_published_port_opens_as_it_was_published() -> None:
 
 @needs_real
 def test_published_originals_decoder_is_llama() -> None:
-    folder = REAL / "llava-v1.5-7b"
+    folder = CHECKPOINTS / "llava-v1.5-7b"
     found = language_config(read_json(folder / "config.json"), folder)
-    theirs = config_to_dict(read_config(REAL / "llava-1.5-7b-hf", part="LLaVA").text_config)
+    theirs = config_to_dict(read_config(CHECKPOINTS / "llava-1.5-7b-hf", part="LLaVA").text_config)
     differs = {key for key in found if found[key] != theirs[key]}
     # llava-hf's vocabulary has an image and a padding token.
     assert differs <= {"vocab_size", "pad_token_id", "architectures"}

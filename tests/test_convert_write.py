@@ -237,7 +237,6 @@ def test_resampler_stays_in_pumice(tmp_path: Path) -> None:
 
 
 def test_gguf_is_proven_too(root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     report = convert(root / "pumice", tmp_path / "gguf", "gguf", dtype="f32")
     assert report["parity"]["opened again"]["max_logit_difference"] <= 1e-4
     assert {p.name for p in (tmp_path / "gguf").iterdir()} == {

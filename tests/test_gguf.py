@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jinja2
 import numpy as np
 import pytest
@@ -38,9 +39,7 @@ from pumice.models.lmm import LMM
 from pumice.models.pretrained import config_to_dict
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
-
-gguf = pytest.importorskip("gguf")
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+from real_files import CHECKPOINTS, DATA, needs
 
 
 def build(root: Path, *, vision: str = "clip_vision_model", language: Any = None) -> LMM:
@@ -441,10 +440,10 @@ def test_rotary_orders_undo_each_other() -> None:
     assert to_halves(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the released tokenizers are not at hand")
+@needs(CHECKPOINTS, "released tokenizers")
 def test_released_tokenizers_are_read_alike() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "checkpoints_format" / "llava-1.5-7b-hf")
-    small = read_llama2c_tokenizer(SHARED / "stories260k" / "tokenizer.bin")
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / "llava-1.5-7b-hf")
+    small = read_llama2c_tokenizer(DATA / "stories260k" / "tokenizer.bin")
     texts = (*PROBES, "A chat between a curious user", "1234567 ２０２６ ½ \t\t x", "ﬀ ǅ İi ß")
     for known, size in ((tokenizer, 32064), (small, 512)):
         vocabulary = read_vocabulary(known, size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +25,9 @@ from pumice.core.errors import PumiceError
 from pumice.models.checkpoint import model_shapes
 from pumice.models.config import LMMConfig
 from pumice.models.pretrained import config_to_dict
+from real_files import CHECKPOINTS, needs
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "checkpoints_format"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the published index files are not here")
+needs_real = needs(CHECKPOINTS, "published index files")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -58,7 +57,7 @@ def shapes() -> tuple[Shapes, Shapes]:
 
 
 def index(*names: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(REAL.joinpath(*names).read_text())
+    data: dict[str, Any] = json.loads(CHECKPOINTS.joinpath(*names).read_text())
     return data
 
 

@@ -27,7 +27,10 @@ def found(script: str, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"),
+    reason="kills processes by POSIX signals, which this system does not have",
+)
 def test_a_killed_training_loses_nothing_and_sees_nothing_twice() -> None:
     # By one process, and by two that share the model.
     for record in found("kill_training.py", "--kills", "1", "--steps", "12").values():

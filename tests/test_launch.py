@@ -57,7 +57,10 @@ def test_what_is_asked_of_slurm(run: Run) -> None:
     assert asked <= {line.removeprefix("#SBATCH ") for line in lines}
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None,
+    reason="shellcheck is not installed (Debian: apt install shellcheck)",
+)
 def test_shellcheck_has_nothing_to_say(run: Run) -> None:
     done = subprocess.run(
         ["shellcheck", "-"], input=script(run), capture_output=True, text=True, check=False

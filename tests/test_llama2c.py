@@ -33,9 +33,10 @@ from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
+from real_files import DATA, needs
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
-stories = pytest.mark.skipif(not SHARED.is_dir(), reason="the 260K model is not at hand")
+STORIES = DATA / "stories260k"
+stories = needs(STORIES, "the Llama of 260,000 weights")
 
 # What llama2.c itself continues "Once upon a time" with, greedily; `Reference` below agrees.
 STORY = (
@@ -311,12 +312,12 @@ def test_the_command_line_continues_text(tmp_path: Path, run: Any) -> None:
 
 @stories
 def test_the_real_model_tells_its_story(tmp_path: Path) -> None:
-    folder = convert_llama2c(SHARED, tmp_path / "hf")
-    encode = encoder(SHARED / "tokenizer.bin")
+    folder = convert_llama2c(STORIES, tmp_path / "hf")
+    encode = encoder(STORIES / "tokenizer.bin")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(encode(STORY)) == STORY
     prompt = [1, *encode("Once upon a time")]
-    oracle = reference(SHARED / "checkpoint_legacy.bin")
+    oracle = reference(STORIES / "checkpoint_legacy.bin")
     written = oracle.continued(prompt, 110)
     model = Model(*open_language_folder(folder))
     answer = model.ask("Once upon a time", max_new_tokens=110)
@@ -332,7 +333,7 @@ def test_the_real_model_tells_its_story(tmp_path: Path) -> None:
 @stories
 def test_the_real_model_ends_its_story(tmp_path: Path) -> None:
     """Texts are kept apart by <s> in training: it ends the answer, and is not seen in it."""
-    model = Model(*open_language_folder(convert_llama2c(SHARED, tmp_path / "hf")))
+    model = Model(*open_language_folder(convert_llama2c(STORIES, tmp_path / "hf")))
     answer = model.ask("Once upon a time", max_new_tokens=480)
     assert answer.finish_reason == "stop" and answer.text.endswith('a good friend."')
     assert LanguageModel.from_folder(tmp_path / "hf").hidden_size == 64

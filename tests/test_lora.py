@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,7 +42,6 @@ from pumice.train.stages import StageSpec, run_stage
 from pumice.world.datasets import make_world
 from stage_specs import align_spec, tune_spec
 
-peft = pytest.importorskip("peft")
 SPEC = LoraSpec(r=4, alpha=8.0)
 TRAINING = LoraTraining(r=4, alpha=8.0, dropout=0.05)
 

@@ -4,7 +4,6 @@ Runs where the photographs are at hand: in `../shared/data/photos` or `$PUMICE_P
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -17,16 +16,14 @@ import pumice
 from pumice.cli.app import app
 from pumice.data.sources import LlavaJson
 from pumice.processing.collate import collate
+from real_files import PHOTOS, needs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PHOTOS = Path(os.environ.get("PUMICE_PHOTOS", REPOSITORY.parent / "shared" / "data" / "photos"))
 COUNT = 16
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (PHOTOS / "index.json").is_file(), reason="needs photographs with captions"
-    ),
+    needs(PHOTOS / "index.json", "photographs with captions"),
 ]
 
 

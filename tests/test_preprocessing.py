@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -14,9 +13,9 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.images import open_image
 from pumice.processing.images import CLIP_MEAN, CLIP_STD, ImageSpec, preprocess
+from real_files import PHOTOS, needs
 from tiny import smooth as picture
 
-PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "images"
 WHERE = "sample '7' (train.json, row 3)"
 
 
@@ -60,9 +59,9 @@ def test_equal_to_the_reference_bit_for_bit(
     assert torch.equal(ours, references[mode](image, size))
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not here")
+@needs(PHOTOS / "images", "photographs")
 def test_equal_to_the_reference_on_photographs(references: Any) -> None:
-    for path in sorted(PHOTOS.glob("*.jpg"))[:6]:
+    for path in sorted((PHOTOS / "images").glob("*.jpg"))[:6]:
         image = open_image(path)
         for mode in ("crop", "pad"):
             ours = preprocess(image, ImageSpec(mode, 336))

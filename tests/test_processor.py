@@ -21,6 +21,7 @@ from pumice.processing.images import ImageSpec
 from pumice.processing.processor import PROCESSOR_FILE, Encoded, Processor
 from pumice.processing.templates import TEMPLATES
 from pumice.processing.text_encoder import TextEncoder
+from real_files import CHECKPOINTS, needs
 from tokenizers_zoo import CHAT, KINDS, tokenizer
 
 SPEC = ImageSpec(mode="pad", size=12)
@@ -354,20 +355,14 @@ def test_with_template_changes_the_template_alone() -> None:
     assert aligned.with_template("vicuna_v1").encode(pair).input_ids == tuned.encode(pair).input_ids
 
 
-def released() -> Path | None:
-    """The files of the released checkpoint, where a checkout has them."""
-    for above in Path(__file__).resolve().parents:
-        folder = above / "shared" / "data" / "checkpoints_format" / "llava-1.5-7b-hf"
-        if folder.is_dir():
-            return folder
-    return None
+RELEASED = CHECKPOINTS / "llava-1.5-7b-hf"
 
 
-@pytest.mark.skipif(released() is None, reason="the released tokenizer is not here")
+@needs(RELEASED, "the released tokenizer")
 def test_golden_ids_of_the_released_tokenizer() -> None:
     from transformers import AutoTokenizer
 
-    made = Processor(AutoTokenizer.from_pretrained(released()), SPEC, "vicuna_v1", "", 1)
+    made = Processor(AutoTokenizer.from_pretrained(RELEASED), SPEC, "vicuna_v1", "", 1)
     messages = (user("Hi", PICTURE), assistant("A1"), user("<image></s>"), assistant("\nA2"))
     encoded = made.encode(Sample("s", messages))
     opening = [319, 1799, 9047, 13566, 29901]

@@ -12,7 +12,7 @@ import pytest
 from pumice.cli.app import main
 from pumice.core.errors import PumiceError
 from pumice.recipe.schema import Recipe
-from pumice.study.analyse import analyse
+from pumice.study.analyse import analyse, metrics_of
 from pumice.study.cells import Cell, arms_of, cells_of, in_running_order
 from pumice.study.costs import Cost
 from pumice.study.findings import findings_text
@@ -150,8 +150,9 @@ def test_shipped_studies_hold_in_every_size(tmp_path: Path) -> None:
     for name in study_names():
         for size in ("pocket", "paper"):
             study, file = load_study(name, size)
-            found = cells_of(study, file, lambda recipe: COST) if size == "pocket" else None
-            assert found is None or len(found) == len(arms_of(study)) * len(study.seeds)
+            found = cells_of(study, file, lambda recipe: COST)
+            assert len(found) == len(arms_of(study)) * len(study.seeds)
+            assert metrics_of(study, found)
             assert study.about and study.source, (name, size)
 
 
@@ -257,6 +258,10 @@ def test_the_plan_lists_runs_and_time(root: Path, world: Path, tmp_path: Path, r
     tree = study_tree(root, world, metrics=["popee.f1"])
     code, _, err = run("study", write_study(file, tree), "--plan")
     assert code == 2 and "popee.f1" in err and "scienceqa" in err
+    # Before hours of runs, not after them.
+    tree = study_tree(root, world, metrics=["scienceqa.acuracy"])
+    code, _, err = run("study", write_study(file, tree), "--plan")
+    assert code == 2 and "scienceqa" in err and "Did you mean 'accuracy'?" in err
     code, _, err = run("study", file)
     assert code == 2 and "--out" in err
     assert "data-efficiency" in run("study", "--list")[1]

@@ -187,7 +187,6 @@ def test_the_end_of_a_log_in_words(
 
 
 def test_a_cluster_gets_a_job_for_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("submitit", reason="submitit is not installed")
     code = f"open({str(tmp_path / 'ran')!r}, 'a').write('once')"
     monkeypatch.setattr(launch, "command", lambda job: [sys.executable, "-c", code])
     cluster = SlurmJobs(tmp_path / "jobs", {"timeout_min": 5}, cluster="local")

@@ -74,11 +74,17 @@ def dialogue(rng: random.Random, *, system: bool) -> list[Message]:
     return turns
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "unigram", "qwen"])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in PROGRAMS
+        for kind in ("llama", "gpt2", "unigram", "qwen")
+        # Qwen's tokenizers have no bos_token for a program to write.
+        if kind != "qwen" or "bos_token" not in PROGRAMS[name]
+    ],
+)
 def test_ids_are_those_of_apply_chat_template(name: str, kind: str) -> None:
-    if kind == "qwen" and "bos_token" in PROGRAMS[name]:
-        pytest.skip("a program that writes bos_token needs a tokenizer that has one")
     tokenizer = with_program(kind, PROGRAMS[name])
     made = Processor(tokenizer, SPEC, own_template(tokenizer), None, 1)
     rng = random.Random(f"{name} {kind}")

@@ -21,6 +21,7 @@ from pumice.processing.processor import Processor
 from pumice.processing.sentencepiece_model import Piece, read_model
 from pumice.processing.sentencepiece_tokenizer import read_tokenizer
 from pumice.processing.templates import TEMPLATES
+from real_files import CHECKPOINTS, lacking
 
 MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
@@ -246,11 +247,10 @@ def test_a_folder_without_a_tokenizer_says_what_was_found(tmp_path: Path) -> Non
 
 
 def released(name: str) -> Path:
-    for above in Path(__file__).resolve().parents:
-        path = above / "shared" / "data" / "checkpoints_format" / name
-        if path.is_dir():
-            return path
-    pytest.skip("the released tokenizers are not here")
+    path = CHECKPOINTS / name
+    if not path.is_dir():
+        pytest.skip(lacking(path, "the released tokenizer"))
+    return path
 
 
 @pytest.fixture(scope="module")

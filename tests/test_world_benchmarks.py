@@ -47,6 +47,7 @@ def test_every_benchmark_can_be_asked_and_scored(
     scores = rescore(benchmark, world, answers)
     assert scores.metrics is not None and scores.missing == scores.errors == 0
     best = {"mme": scores.metrics.get("perception_most", 0)}.get(name, 100)
+    assert set(benchmark.metric_names()) == set(scores.metrics)
     value, base = scores.metrics[benchmark.headline], scores.base_rate[benchmark.headline]
     assert value > 0.9 * best and base < 0.8 * best
 

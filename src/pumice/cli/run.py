@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,8 +90,6 @@ def run(
     together; each keeps a log in DIR/logs. With --store, runs that begin alike train a stage once,
     and a process that still works on DIR is waited for.
     """
-    from filelock import FileLock
-
     from pumice.core.processes import joined_processes
     from pumice.recipe.load import load_recipe
 
@@ -101,7 +99,7 @@ def run(
     cache = _feature_cache(feature_cache, feature_cache_gb)
     resumes = resume == "auto"
     with (
-        nullcontext() if store is None else FileLock(out / "run.lock"),
+        nullcontext() if store is None else _alone_in(out),
         joined_processes() as group,
         LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
     ):
@@ -145,6 +143,13 @@ def prepare_run(recipe: Recipe, out: Path, *, resumes: bool) -> Path:
     if not going_on:
         keep_recipe(recipe, out)
     return data
+
+
+def _alone_in(out: Path) -> AbstractContextManager[object]:
+    """Waits until no other process works on `out`, and keeps others out."""
+    from filelock import FileLock
+
+    return FileLock(out / "run.lock")
 
 
 def check_store(store: Path | None, resume: str) -> None:

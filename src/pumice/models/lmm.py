@@ -325,13 +325,6 @@ class LMM(nn.Module):
         logits: torch.Tensor = self._read(batch, features, keep=_supervised(batch)[0])
         return logits
 
-    def last_logits(self, batch: TrainingBatch) -> torch.Tensor:
-        """float[B, V]: what comes behind the last position of each row."""
-        keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        keep[:, -1] = True
-        logits: torch.Tensor = self._read(batch, None, keep=keep)
-        return logits
-
     def _read(self, batch: TrainingBatch, features: Features | None, **more: Any) -> Any:
         return self(
             batch.input_ids,

@@ -107,7 +107,7 @@ class Validator:
         batch = collate([prompt], self.processor.pad_id).to(lmm.device)
         ends, said = set(self.processor.end_token_ids), list[int]()
         while len(said) < _NEW_TOKENS:
-            token = int(lmm.last_logits(batch)[0].argmax())
+            token = int(_next_logits(lmm, batch).argmax())
             if token in ends:
                 break
             said.append(token)
@@ -182,6 +182,20 @@ def _with_image(sample: Sample, other: ImagePart) -> Sample:
         for message in sample.messages
     )
     return replace(sample, messages=messages)
+
+
+def _next_logits(lmm: LMM, batch: Batch) -> torch.Tensor:
+    keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    keep[:, -1] = True
+    logits: torch.Tensor = lmm(
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        pixel_values=batch.pixel_values,
+        keep=keep,
+        image_sizes=batch.image_sizes,
+        instruction=batch.instruction,
+    )
+    return logits[0]
 
 
 def _longer(batch: Batch, token: int) -> Batch:
