@@ -20,7 +20,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.images import open_image
 from pumice.core.llm_client import Endpoint, LLMClient
 from pumice.core.llm_types import chat_messages
-from pumice.core.types import ImagePart, Message, TextPart, assistant, user
+from pumice.core.types import ImagePart, Message, Request, Sampling, TextPart, assistant, user
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.prediction_files import PREDICTIONS
 from pumice.eval.runner import SCORES, run_benchmark
@@ -28,6 +28,7 @@ from pumice.eval.scores import Scores, Served
 from pumice.infer import remote, requests
 from pumice.infer.model import load
 from pumice.infer.remote import RemoteModel, choose_model, padded_square
+from pumice.infer.remote_stream import stream_remote
 from pumice.processing.images import ImageSpec, preprocess
 from pumice.serve.limits import Limits
 from serving import Running
@@ -315,6 +316,20 @@ def test_one_question_to_an_endpoint(scripted: Scripted, pictures: Path, run: Ru
     scripted.always = 400
     code, _, err = run(*args)
     assert code == 2 and "scripted 400" in err
+
+
+def test_a_stream_is_asked_as_a_question_is(scripted: Scripted, pictures: Path) -> None:
+    chosen = Sampling(temperature=0.5, top_k=3, top_p=0.9, seed=2, stop=("end",), max_new_tokens=7)
+    request = Request((user("What?", pictures / "0.png"),), chosen)
+    with LLMClient(Endpoint(url=scripted.url)) as client:
+        model = RemoteModel(client, "scripted", images="square", extra={"min_p": 0.1})
+        assert model.ask(request).text == "red"
+        # This endpoint does not stream, which is said; what it was sent is all that counts here.
+        with pytest.raises(PumiceError, match="broke off"):
+            list(stream_remote(model, request))
+    plain, streamed = scripted.bodies
+    assert {plain[key] for key in ("top_k", "min_p", "max_tokens")} == {3, 0.1, 7}
+    assert streamed == plain | {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def test_requests_of_a_file_to_an_endpoint(
