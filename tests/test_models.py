@@ -24,6 +24,7 @@ from pumice.models.constants import IGNORE, IMAGE_ID
 from pumice.models.fusion import fuse
 from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
+from pumice.models.modes import evaluating
 from tiny import pixels, with_images
 
 P = tiny.NUM_PATCHES
@@ -246,3 +247,15 @@ def test_match_connector_scale(lmm: LMM) -> None:
     wanted = lmm.language.token_embeddings.norm(dim=-1).mean()
     assert factor != pytest.approx(1, rel=0.01)
     assert norm.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_every_part_has_its_mode_back() -> None:
+    # As a stage leaves a model: the whole says one thing, the parts that learn another.
+    parts = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(1, 1)))
+    parts.eval()
+    parts[1].train()
+    before = [part.training for part in parts.modules()]
+    with pytest.raises(ZeroDivisionError), evaluating(parts):
+        assert not any(part.training for part in parts.modules())
+        raise ZeroDivisionError
+    assert [part.training for part in parts.modules()] == before and any(before)

@@ -59,7 +59,15 @@ def findings() -> Findings:
         flops = 1e12 * (1 + ("mlp" in arm.name))
         cost = ArmCost(36, 1000, flops, {"tune": 5}, tokens=5e4, seconds=90.0, memory=2**30)
         length = Counter({1: 90 + rows // 100, 7: 10})
-        results.append(ArmResult(arm, cost, {"vqav2": stacked(tables)}, {"vqav2": length}))
+        results.append(
+            ArmResult(
+                arm=arm,
+                cost=cost,
+                benchmarks={"vqav2": VQA},
+                measured={"vqav2": stacked(tables)},
+                lengths={"vqav2": length},
+            )
+        )
     base = next(r for r in results if r.arm == reference_arm(study, arms_of(study)))
     return Findings(
         study=study,

@@ -43,7 +43,7 @@ class ArmCost:
     """Bytes at the peak of training."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArmResult:
     """Everything that an arm's finished runs left."""
 
@@ -78,7 +78,7 @@ class Reader:
             for cell in cells
             if cell not in done
         }
-        result = ArmResult(arm, self._cost(cells[0], done), errors=errors)
+        result = ArmResult(arm=arm, cost=self._cost(cells[0], done), errors=errors)
         chosen = cells[0].recipe.eval
         for name in chosen.benchmarks if chosen is not None and done else ():
             folders = {cell.seed: self.store.run(cell.key) / "eval" / name for cell in done}
