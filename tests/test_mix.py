@@ -42,6 +42,7 @@ def sources(tmp_path: Path) -> Path:
     dump(tmp_path / "text.json", rows("t", 5))
     seen = rows("s", 6, image="a/0.jpg") + rows("u", 4, image="a/b/1.jpg")
     dump(tmp_path / "seen.json", seen)
+    (tmp_path / "pictures").mkdir()
     return tmp_path
 
 
@@ -132,8 +133,21 @@ def test_other_counts_are_an_error_and_nothing_is_written(
     code, _, err = run("data", "mix", file, "--out", out)
     assert code == 2 and told in err and "--accept" in err
     assert sorted(path.name for path in sources.iterdir()) == [
-        "mixture.yaml", "seen.json", "text.json",
+        "mixture.yaml", "pictures", "seen.json", "text.json",
     ]  # fmt: skip
+
+
+def test_all_that_is_missing_is_named_at_once(sources: Path, run: Run) -> None:
+    (sources / "seen.json").unlink()
+    (sources / "pictures").rmdir()
+    for name in ("a file", "1.tar"):
+        (sources / name).touch()
+    file = mixture(sources, images="a file", text__path="{0..2}.tar", text__images="pictures")
+    code, _, err = run("data", "mix", file, "--out", sources / "new" / "train.jsonl")
+    assert code == 2 and "1.tar" not in err and "--root" in err
+    for name in ("seen.json", "0.tar", "2.tar", "pictures", "a file (a file, no directory)"):
+        assert err.count(str(sources / name)) == 1, name
+    assert not (sources / "new").exists()
 
 
 def test_accepted_counts_are_recorded(sources: Path, run: Run) -> None:

@@ -129,21 +129,26 @@ def is_pattern(path: Path | str) -> bool:
     return not Path(path).exists() and (bool(_RANGE.search(text)) or glob.has_magic(text))
 
 
+def missing_files(path: Path | str) -> list[str]:
+    """The parts of a path that are not there: the path itself, or what its pattern asks for."""
+    if not is_pattern(path):
+        return [] if Path(path).exists() else [str(path)]
+    return [part for part in _spelled_out(str(path)) if not glob.glob(part, recursive=True)]
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(entry for end in ("*.parquet", "*.tar") for entry in path.rglob(end))
     if not is_pattern(path):
         return [path]
-    files: list[Path] = []
-    for pattern in _spelled_out(str(path)):
-        matched = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        if not matched:
-            raise DataError(
-                f"no file is named {pattern}, as {path} asks for; every part of a pattern must be "
-                f"there. Check the path, or download what is missing."
-            )
-        files += matched
-    return files
+    missing = missing_files(path)
+    if missing:
+        raise DataError(
+            f"no file is named {', '.join(missing)}, as {path} asks for; every part of a pattern "
+            f"must be there. Check the path, or download what is missing."
+        )
+    parts = _spelled_out(str(path))
+    return [Path(name) for part in parts for name in sorted(glob.glob(part, recursive=True))]
 
 
 def _spelled_out(pattern: str) -> list[str]:

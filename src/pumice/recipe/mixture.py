@@ -10,10 +10,10 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from pumice.core.errors import PumiceError
+from pumice.core.errors import DataError, PumiceError
 from pumice.core.registry import suggest
 from pumice.data.mix import Expected, MixPart
-from pumice.data.open_source import open_source
+from pumice.data.open_source import missing_files, open_source
 from pumice.recipe.load import explain
 from pumice.recipe.schema import DataFile, PositiveInt, Section
 from pumice.recipe.yaml_text import parse_yaml
@@ -57,7 +57,8 @@ class MixtureFile(Section):
     """Of all sources together."""
 
     def parts(self, root: Path) -> list[MixPart]:
-        """The sources, opened; paths are below `root`."""
+        """The sources, opened; paths are below `root`. All that is missing is one error."""
+        self._check_inputs(root)
         return [
             MixPart(
                 name=name,
@@ -74,6 +75,28 @@ class MixtureFile(Section):
             )
             for name, entry in self.sources.items()
         ]
+
+    def _check_inputs(self, root: Path) -> None:
+        """Before any file is read, which may take minutes."""
+        missing = [
+            f"{file} (source {name})"
+            for name, entry in self.sources.items()
+            for file in missing_files(root / entry.path)
+        ]
+        folders = {self.images: "images of the mixture"}
+        for name, entry in self.sources.items():
+            if entry.images is not None:
+                folders.setdefault(entry.images, f"images of source {name}")
+        for folder, whose in folders.items():
+            path = root / folder
+            if not path.is_dir():
+                state = " (a file, no directory)" if path.exists() else ""
+                missing.append(f"{path}{state} ({whose})")
+        if missing:
+            raise DataError(
+                f"mixture {self.name} needs what is not there: {', '.join(missing)}. Download or "
+                f"convert it, or say with --root which directory the paths are below."
+            )
 
 
 def expected(expect: Expect | None) -> Expected | None:
