@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
         "pumice study --list",
         "pumice study data-efficiency --plan",
         "pumice study mine.yaml --out runs/mine --workers 2",
+        "pumice study connectors axes.connector.variants.mine='{model.connector: mine.py}' --plan",
     )
     app.command("study", epilog=example(*lines))(study)
 
@@ -38,6 +39,9 @@ def register(app: typer.Typer) -> None:
 def study(
     file: Annotated[
         str | None, typer.Argument(metavar="FILE", help="A shipped name or a YAML file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the study.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where tables and plots go.")
@@ -83,7 +87,7 @@ def study(
             "a study needs its FILE and --out DIR. Write `pumice study FILE --out DIR`, or "
             "`pumice study --list` for the shipped ones."
         )
-    loaded, path = load_study(file, size)
+    loaded, path = load_study(file, size, overrides or ())
     if seeds is not None:
         loaded = _fewer_seeds(loaded, seeds)
     _run(loaded, path, out, store, workers, plan, _launch(launcher, slurm, workers, out), as_json)

@@ -11,7 +11,7 @@ from pumice.convert.adapter import checkpoint_tensors
 from pumice.convert.opened import Facts, Opened, Options, arranged, stored_tokenizer_model
 from pumice.convert.shards import write_shards
 from pumice.core.files import write_json
-from pumice.models.checkpoint import FORMAT, VERSION, read_lmm_config
+from pumice.models.checkpoint import FORMAT, read_lmm_config, write_lmm_config
 from pumice.models.lora import CONFIG as ADAPTER_CONFIG
 from pumice.models.lora import read_adapter
 from pumice.processing.own_template import find_template
@@ -51,8 +51,7 @@ def write_pumice(
     opened: Opened, dst: Path, dtype: torch.dtype | None, shard_bytes: int
 ) -> dict[str, Any]:
     """Writes `opened` as a pumice checkpoint into the empty directory `dst`; says what of it."""
-    config = {"format": FORMAT, "version": VERSION, **opened.config.to_dict()}
-    write_json(dst / "config.json", config)
+    write_lmm_config(dst, opened.config)
     write_shards(dst, opened.tensors, dtype=dtype, shard_bytes=shard_bytes)
     write_json(dst / "training.json", {"converted_from": opened.format})
     opened.processor.save(dst)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from pumice.core.errors import PumiceError, some_of
 from pumice.core.files import read_json, write_json
 from pumice.models.config import LMMConfig
+from pumice.models.connectors import keep_own, kept_own
 from pumice.models.lmm import LMM
 from pumice.models.lora import has_lora
 from pumice.models.quantize import (
@@ -58,8 +60,7 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
     try:
-        config = {"format": FORMAT, "version": VERSION, **lmm.config.to_dict()}
-        write_json(fresh / "config.json", config)
+        write_lmm_config(fresh, lmm.config)
         state = lmm.state_dict()
         tensors = {
             name: state[name].detach().to("cpu", dtype).contiguous()
@@ -207,6 +208,14 @@ def _put(
         setattr(module, place, filled)
 
 
+def write_lmm_config(directory: Path, config: LMMConfig) -> None:
+    """Writes config.json, and beside it the code of a connector that is not of the shelf."""
+    stored = replace(config, connector=keep_own(config.connector, directory))
+    write_json(
+        directory / "config.json", {"format": FORMAT, "version": VERSION, **stored.to_dict()}
+    )
+
+
 def read_lmm_config(directory: Path | str) -> LMMConfig:
     """The architecture in a checkpoint's config.json; other directories are an error."""
     directory = Path(directory)
@@ -230,7 +239,8 @@ def read_lmm_config(directory: Path | str) -> LMMConfig:
             f"{path} has version {data.get('version')!r}; this pumice reads version {VERSION}. "
             f"Install the pumice release that wrote the checkpoint."
         )
-    return LMMConfig.from_dict({k: v for k, v in data.items() if k not in ("format", "version")})
+    config = LMMConfig.from_dict({k: v for k, v in data.items() if k not in ("format", "version")})
+    return replace(config, connector=kept_own(config.connector, directory))
 
 
 def _check_whole(lmm: LMM, without: str | None) -> None:

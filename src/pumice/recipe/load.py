@@ -37,7 +37,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Override:
+class Override:
     """One `key=value` of the command line, split and parsed."""
 
     text: str
@@ -62,9 +62,9 @@ def load_recipe(name_or_file: str, overrides: list[str] | None = None) -> Recipe
     """
     path = _find(name_or_file)
     tree = _read(path)
-    parsed = [_parse_override(text) for text in overrides or []]
+    parsed = [parse_override(text) for text in overrides or []]
     for override in parsed:
-        _apply(tree, override)
+        apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -106,15 +106,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     under = _read(below, (*seen, path))
     # What was measured with the base says nothing of a recipe that changes it.
     under.pop("published", None)
-    merged: dict[str, Any] = _laid_over(under, tree)
+    merged: dict[str, Any] = laid_over(under, tree)
     return merged
 
 
-def _laid_over(base: Any, own: Any) -> Any:
+def laid_over(base: Any, own: Any) -> Any:
     """Mappings are merged key by key; everything else, lists too, is what the upper one says."""
     if not (isinstance(base, dict) and isinstance(own, dict)):
         return own
-    merged = {key: _laid_over(base.get(key), value) for key, value in own.items()}
+    merged = {key: laid_over(base.get(key), value) for key, value in own.items()}
     return {**base, **merged}
 
 
@@ -146,7 +146,8 @@ def _shown(path: Path) -> str:
     return f"recipes/{path.name}" if path.parent == _SHIPPED else str(path)
 
 
-def _parse_override(text: str) -> _Override:
+def parse_override(text: str) -> Override:
+    """A `key=value`, the value read as YAML."""
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -154,16 +155,16 @@ def _parse_override(text: str) -> _Override:
             f"override '{text}' is not of the form key=value; write the key with dots and no "
             "spaces around '=', for example stages.tune.steps=200."
         )
-    return _Override(text, path, parse_yaml(value, f"override '{text}'"))
+    return Override(text, path, parse_yaml(value, f"override '{text}'"))
 
 
-def _apply(tree: dict[str, Any], override: _Override) -> None:
+def apply_override(tree: dict[str, Any], override: Override) -> None:
     """Set the value at its dotted place; sections that are null or absent are made."""
     node: Any = tree
     for depth, key in enumerate(override.path):
         last = depth == len(override.path) - 1
         if isinstance(node, list):
-            node = _apply_to_list(node, key, override, last)
+            node = _set_in_list(node, key, override, last)
         elif isinstance(node, dict):
             if last:
                 node[key] = override.value
@@ -178,7 +179,7 @@ def _apply(tree: dict[str, Any], override: _Override) -> None:
             )
 
 
-def _apply_to_list(node: list[Any], key: str, override: _Override, last: bool) -> Any:
+def _set_in_list(node: list[Any], key: str, override: Override, last: bool) -> Any:
     if not key.isdigit() or int(key) >= len(node):
         raise PumiceError(
             f"override '{override.text}': '{key}' must be a position in a list of {len(node)} "
@@ -192,7 +193,7 @@ def _apply_to_list(node: list[Any], key: str, override: _Override, last: bool) -
 def explain(
     error: ValidationError,
     file: str,
-    overrides: Sequence[_Override] = (),
+    overrides: Sequence[Override] = (),
     schema: type[BaseModel] = Recipe,
 ) -> str:
     """What is wrong in a file that should follow a schema, one line for each fault."""
@@ -204,7 +205,7 @@ def explain(
 
 
 def _explain_one(
-    detail: ErrorDetails, file: str, overrides: Sequence[_Override], schema: type[BaseModel]
+    detail: ErrorDetails, file: str, overrides: Sequence[Override], schema: type[BaseModel]
 ) -> str:
     place = [str(part) for part in detail["loc"] if part != "[key]"]
     dotted = ".".join(place) or f"the {schema.__name__.lower()}"
@@ -231,7 +232,7 @@ def _explain_one(
     return f"{dotted} is {detail['input']!r} (in {where}); {words}"
 
 
-def _blame(place: list[str], file: str, overrides: Sequence[_Override]) -> str:
+def _blame(place: list[str], file: str, overrides: Sequence[Override]) -> str:
     """Where the value came from: the override that set it, or the file."""
     for override in reversed(overrides):
         if all(a == b for a, b in zip(place, override.path, strict=False)):

@@ -151,7 +151,15 @@ def recipe_key(recipe: Recipe) -> str:
     vision = recipe.model.vision
     names = [*([vision] if isinstance(vision, str) else vision), recipe.model.language]
     content["backbones"] = [_backbone_content(name) for name in names]
+    if recipe.model.connector.endswith(".py"):
+        content["model"]["connector"] = _connector_content(recipe.model.connector)
     return _hash(content)
+
+
+def _connector_content(name: str) -> str:
+    from pumice.models.connectors import named_by_content
+
+    return named_by_content(name)
 
 
 def _beginning(recipe: Recipe) -> str:

@@ -1,12 +1,14 @@
 """What a study file may say: a base recipe, what is changed, how often, and what is measured.
 
 A file can hold several sizes of one study: `sizes: {paper: {...}}` lays its keys over the others,
-so the pocket version and the paper's share their axes, claims and metrics.
+so the pocket version and the paper's share their axes, claims and metrics. With `extends: NAME` it
+says only what it adds to another study or changes in it; runs that both have are the same runs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pumice.core.errors import PumiceError
 from pumice.core.registry import check_choice, suggest
-from pumice.recipe.load import explain
+from pumice.recipe.load import apply_override, explain, laid_over, parse_override
 from pumice.recipe.schema import PositiveFloat, PositiveInt, Section
 from pumice.recipe.yaml_text import parse_yaml
 
@@ -190,13 +192,53 @@ def study_names() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
-def load_study(name_or_file: str, size: str = POCKET) -> tuple[StudyFile, Path]:
+def load_study(
+    name_or_file: str, size: str = POCKET, overrides: Sequence[str] = ()
+) -> tuple[StudyFile, Path]:
     """A study by shipped name or from a YAML file, in one of its sizes, and the file it is in.
 
-    Raises PumiceError naming what is wrong in the file and what is allowed.
+    `overrides` are `key=value`, laid over it last. Raises PumiceError naming what is wrong in the
+    file and what is allowed.
     """
     path = _find(name_or_file)
-    shown = f"studies/{path.name}" if path.parent == _SHIPPED else str(path)
+    chain = _read_chain(path)
+    sizes = [name for _, tree in chain for name in _sizes(tree)]
+    if size != POCKET or POCKET in sizes:
+        check_choice(f"the size of {_shown(path)}", size, list(dict.fromkeys([POCKET, *sizes])))
+    tree: dict[str, Any] = {}
+    # The lowest first: what an upper one adds to an axis is there in every size of the lower one.
+    for _, own in reversed(chain):
+        tree = laid_over(tree, _in_size(own, size))
+    parsed = [parse_override(text) for text in overrides]
+    for override in parsed:
+        apply_override(tree, override)
+    try:
+        return StudyFile.model_validate(tree), path
+    except ValidationError as error:
+        raise PumiceError(explain(error, _shown(path), parsed, StudyFile)) from error
+
+
+def _shown(path: Path) -> str:
+    return f"studies/{path.name}" if path.parent == _SHIPPED else str(path)
+
+
+def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A study file and those that it extends, the lowest last."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    below: Path | None = path
+    while below is not None:
+        if below.resolve() in (known.resolve() for known, _ in chain):
+            raise PumiceError(f"study {_shown(path)} extends itself, by way of {_shown(below)}.")
+        tree = _read(below)
+        chain.append((below, tree))
+        extends = tree.pop("extends", None)
+        beside = below.parent / str(extends)
+        below = None if extends is None else beside if beside.is_file() else _find(str(extends))
+    return chain
+
+
+def _read(path: Path) -> dict[str, Any]:
+    shown = _shown(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), shown)
     except (OSError, UnicodeDecodeError) as error:
@@ -206,10 +248,15 @@ def load_study(name_or_file: str, size: str = POCKET) -> tuple[StudyFile, Path]:
             f"study file {shown} holds no mapping; at least the keys name, base and axes are "
             "needed. See docs/study.md."
         )
-    try:
-        return StudyFile.model_validate(_in_size(tree, size, shown)), path
-    except ValidationError as error:
-        raise PumiceError(explain(error, shown, schema=StudyFile)) from error
+    for name, over in _sizes(tree, shown).items():
+        if not isinstance(over, dict):
+            raise PumiceError(f"{shown}: the size {name!r} must be a mapping of keys it changes.")
+    # A recipe beside the file stays that recipe for a study elsewhere that extends this one.
+    for keys in (tree, *_sizes(tree).values()):
+        beside = path.parent / str(keys.get("base"))
+        if "base" in keys and beside.is_file():
+            keys["base"] = str(beside.resolve())
+    return tree
 
 
 def _find(name_or_file: str) -> Path:
@@ -225,18 +272,18 @@ def _find(name_or_file: str) -> Path:
     )
 
 
-def _in_size(tree: dict[str, Any], size: str, shown: str) -> dict[str, Any]:
-    """The file's keys with those of a size laid over them; an axis is replaced as a whole."""
+def _sizes(tree: dict[str, Any], shown: str = "") -> dict[str, Any]:
     sizes = tree.get("sizes") or {}
-    if size == POCKET and POCKET not in sizes:
-        return tree
     if not isinstance(sizes, dict):
         raise PumiceError(f"{shown}: sizes must map the name of a size to what it changes.")
-    check_choice(f"the size of {shown}", size, list(dict.fromkeys([POCKET, *sizes])))
-    over = sizes[size]
-    if not isinstance(over, dict):
-        raise PumiceError(f"{shown}: the size {size!r} must be a mapping of keys it changes.")
+    return sizes
+
+
+def _in_size(tree: dict[str, Any], size: str) -> dict[str, Any]:
+    """The file's keys with those of a size laid over them; an axis is replaced as a whole."""
+    over = _sizes(tree).get(size, {})
     merged = {**tree, **over}
+    merged.pop("sizes", None)
     if isinstance(over.get("axes"), dict) and isinstance(tree.get("axes"), dict):
         merged["axes"] = {**tree["axes"], **over["axes"]}
     return merged

@@ -41,6 +41,8 @@ def spec_fingerprint(spec: StageSpec) -> str:
 
     Of the images nothing is taken: their names are in the data files, their pixels are too many.
     """
+    from pumice.models.connectors import named_by_content
+
     content: dict[str, Any] = asdict(spec)
     for key in _FREE:
         content.pop(key)
@@ -50,6 +52,7 @@ def spec_fingerprint(spec: StageSpec) -> str:
     content["data"] = [_data_content(entry) for entry in spec.data]
     content["vision"] = [folder_content(folder) for folder in spec.vision]
     content["language"] = folder_content(spec.language)
+    content["connector"] = named_by_content(spec.connector)
     # A stage without it is named as it was before there was such a thing.
     if (source := content.pop("connector_from")) is not None:
         content["connector_from"] = _connector_content(source)
@@ -59,6 +62,7 @@ def spec_fingerprint(spec: StageSpec) -> str:
 
 def spec_record(spec: StageSpec, out: Path) -> dict[str, Any]:
     """The spec as plain values for training.json. No path in it is absolute."""
+    from pumice.models.connectors import own_file, with_file
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
@@ -68,6 +72,8 @@ def spec_record(spec: StageSpec, out: Path) -> dict[str, Any]:
         return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
     record: dict[str, Any] = plain(asdict(spec))
+    if (file := own_file(spec.connector)) is not None:
+        record["connector"] = with_file(spec.connector, told(file, out))
     return record
 
 

@@ -1,7 +1,8 @@
 """The shelf of connectors: from vision features to the language model's width.
 
-A new connector is one file here and one line in the table. A connector maps
-float[N, P, Dv] -> float[N, Q, D]; `base.Connector` says what it answers to.
+A new connector is one file here and one line in the table, or a file anywhere that a recipe names
+(`own`). A connector maps float[N, P, Dv] -> float[N, Q, D]; `base.Connector` says what it answers
+to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from pumice.models.connectors.base import Builder, Connector, Instruction, Sizes
 from pumice.models.connectors.cost import ConnectorCost, connector_cost
 from pumice.models.connectors.linear import build_linear
 from pumice.models.connectors.mlp import build_mlp
+from pumice.models.connectors.own import (
+    build_own,
+    keep_own,
+    kept_own,
+    named_by_content,
+    own_file,
+    with_file,
+)
 from pumice.models.connectors.perceiver import build_perceiver
 from pumice.models.connectors.qformer import build_qformer
 from pumice.models.connectors.reduction import build_reduced, is_reduction
@@ -28,6 +37,11 @@ __all__ = [
     "Instruction",
     "build_connector",
     "connector_cost",
+    "keep_own",
+    "kept_own",
+    "named_by_content",
+    "own_file",
+    "with_file",
 ]
 
 CONNECTORS: Registry[Builder] = Registry(
@@ -69,12 +83,15 @@ def _build(name: str, sizes: Sizes, options: dict[str, Any]) -> Connector:
         return build_reduced(name, sizes, options, _build)
     if _MLP.fullmatch(name):
         return CONNECTORS["mlpNx_gelu"](name, sizes, options)
+    if own_file(name) is not None:
+        return build_own(name, sizes, options)
     if name not in CONNECTORS or name == "mlpNx_gelu":
         merged = [f"{merge}+mlp2x_gelu" for merge in REDUCTIONS]
         near = suggest(name, [known.replace("N", "2") for known in CONNECTORS] + merged)
         raise PumiceError(
             f"connector {name!r} is unknown; known: {', '.join(CONNECTORS.names())} (N layers, "
-            f"such as mlp2x_gelu), each also after a merge of patches ({' or '.join(merged)})."
+            f"such as mlp2x_gelu), each also after a merge of patches ({' or '.join(merged)}); "
+            f"or the path of a Python file with one of your own (docs/adding.md)."
             f"{near}"
         )
     return CONNECTORS[name](name, sizes, options)
