@@ -25,6 +25,7 @@ def test_response_formats() -> None:
     assert with_format("Why?", "short") == f"Why?\n{SHORT}"
     assert with_format("Why?", "none") == "Why?"
     assert with_format("Why?", "unanswerable") == f"Why?\n{UNANSWERABLE}\n{SHORT}"
+    assert with_format("Why {question}?", "qa") == "Q: Why {question}? A:"
     with pytest.raises(PumiceError, match="Did you mean 'short'"):
         with_format("Why?", "shrt")
 

@@ -13,7 +13,7 @@ from pumice.eval.benchmark import Benchmark, Item
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.choose import choose_benchmark, choose_benchmarks
 from pumice.eval.runner import rescore
-from pumice.eval.scores import Scores
+from pumice.eval.scores import Scores, row_protocol
 from pumice.eval.tables import write_sheet
 from shelf_files import (
     gqa_files,
@@ -99,6 +99,29 @@ def test_options_are_part_of_the_protocol(tmp_path: Path) -> None:
     assert len(prints) == 3
 
 
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "pope", "mme"])
+def test_another_prompt_asks_the_same_and_says_that_it_is_not_the_papers(
+    name: str, tmp_path: Path
+) -> None:
+    root = FILES[name](tmp_path)
+    published = BENCHMARKS[name]
+    asked = prompts(published, root)
+    plain = [text.removesuffix(SHORT) for text in asked]
+    assert "prompt" not in published.row_options
+    assert row_protocol(published, control=None)["protocol"] == "paper"
+    for value, expected in (
+        ("short", asked),
+        ("none", plain),
+        ("qa", [f"Q: {text} A:" for text in plain]),
+    ):
+        benchmark = choose_benchmark(name, [f"prompt={value}"])
+        assert prompts(benchmark, root) == expected
+        protocol = row_protocol(benchmark, control=None)
+        assert protocol["protocol"] == ("paper" if value == "short" else "own")
+        assert (protocol == row_protocol(published, control=None)) == (value == "short")
+        assert benchmark.as_recorded(protocol).chosen == benchmark.chosen
+
+
 def test_benchmarks_are_found_by_their_usual_names() -> None:
     assert [b.name for b in choose_benchmarks(["SEED-Bench", "mmbench-cn", "sqa", "POPE"])] == [
         "seed_bench", "mmbench_cn", "scienceqa", "pope",
@@ -127,7 +150,8 @@ def test_gqa_forgives_only_full_stops_and_capitals(tmp_path: Path) -> None:
     rows = [{"questionId": name, "prediction": text} for name, text in said.items()]
     scores = rescore(gqa, tmp_path, dump(tmp_path / "testdev_balanced_predictions.json", rows))
     # Of furniture: table told once as is true, chair never though it is true once: 0 + 1, / 100.
-    assert scores.metrics == {"accuracy": 25, "binary": 0, "open": 50, "distribution": 0.01}
+    figures = {"accuracy": 25, "binary": 0, "open": 50, "distribution": 0.01}
+    assert scores.metrics == figures | {"answer_words": 1.75}
     assert scores.by_category["query"] == {"accuracy": 50, "n": 2}
     with pytest.raises(DataError, match="no official file"):
         gqa.with_options({"split": "val"}).load(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pumice.cli.app import main
-from pumice.core.errors import PumiceError
+from pumice.core.errors import DataError, PumiceError
 from pumice.recipe.schema import Recipe
 from pumice.study.analyse import analyse, metrics_of
 from pumice.study.cells import Cell, arms_of, cells_of, in_running_order
@@ -238,6 +238,26 @@ def test_an_axis_that_cannot_matter_makes_no_difference(
     found = table(tree, ran)["arms"][1]["metrics"]["scienceqa.img_accuracy"]
     assert found["difference_interval"] == (0, 0)
     assert found["verdict"] == "no difference at this size"
+
+
+def test_the_same_questions_in_other_prompts_are_compared_and_other_questions_are_not(
+    root: Path, world: Path, tmp_path: Path
+) -> None:
+    store, wordings = Store(tmp_path), {"short": {}, "qa": {"eval.options.vqav2.prompt": "qa"}}
+    tree = study_tree(
+        root, world, axes={"p": {"variants": wordings}}, seeds=[0], evaluations=["vqav2"],
+        metrics=["vqav2.answer_words"],
+    )  # fmt: skip
+    run_study(tree, store)
+    short, asked = table(tree, store)["arms"]
+    assert asked["metrics"]["vqav2.answer_words"]["difference"] is not None
+    assert not short["errors"] and not asked["errors"]
+    # Another scorer makes other numbers of the same answers.
+    other = {"short": {}, "scorer": {"eval.options.vqav2.scorer": "always"}}
+    tree["axes"] = {"p": {"variants": other}}
+    assert len(run_study(tree, store)) == 1
+    with pytest.raises(DataError, match="other questions of vqav2"):
+        table(tree, store)
 
 
 # --- the command --------------------------------------------------------------------------------

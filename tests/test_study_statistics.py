@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from pumice.eval.benchmark import Benchmark, Floats, Sums, percent, ratio
-from pumice.eval.benchmarks import BENCHMARKS
 from pumice.study.statistics import (
     Estimate,
     Measured,
@@ -17,44 +13,7 @@ from pumice.study.statistics import (
     stacked,
     verdict,
 )
-
-PICTURES, SEEDS = 120, 3
-VQA = BENCHMARKS["vqav2"]
-
-
-class Right(Benchmark):
-    """A benchmark of nothing but right and wrong: what it reads is never asked for here."""
-
-    name = "right"
-    title = "Right"
-    headline = "accuracy"
-    decimals = 4
-    load = parse = score = tally = protocol = None  # type: ignore[assignment]
-
-    def metrics(self, sums: Sums) -> dict[str, Floats]:
-        return {"accuracy": percent(sums["right"], sums["n"]), "words": ratio(sums["w"], sums["n"])}
-
-
-Right.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
-RIGHT = Right()
-
-
-def arm(
-    rng: np.random.Generator, level: float, hard: Floats, *, seeds: int = SEEDS, noise: float = 0.3
-) -> Measured:
-    """Answers of models whose seeds differ, to two questions on each picture, some harder."""
-    seed_levels = level + noise * rng.standard_normal((seeds, 1))
-    chance = 1 / (1 + np.exp(-(seed_levels + hard)))
-    right = rng.binomial(2, chance).astype(float)
-    sums = np.stack([right, np.full_like(right, 2.0), 6 + right], axis=-1)
-    return Measured(tuple(range(seeds)), ("right", "n", "w"), sums)
-
-
-def gap(draw: int, effect: float, **more: Any) -> Estimate:
-    rng = np.random.default_rng(draw)
-    hard = rng.standard_normal(PICTURES)
-    base, other = arm(rng, 1.0, hard, **more), arm(rng, 1.0 + effect, hard, **more)
-    return differences(RIGHT, base, other)["accuracy"]
+from simulated_studies import PICTURES, RIGHT, arm, gap
 
 
 def test_of_a_null_study_at_least_19_in_20_see_no_difference() -> None:

@@ -18,6 +18,7 @@ from pumice.data.sources import LlavaJson
 from pumice.world import language
 from pumice.world.benchmarks import VQA_PER_IMAGE, _balanced_questions
 from pumice.world.datasets import MIXTURE, make_world
+from pumice.world.mixture_sources import write_sources
 from pumice.world.scenes import COLORS, SHAPES, SIZE, Scene, random_scene, render, widened
 from pumice.world.vision_backbone import patch_owner
 
@@ -228,6 +229,70 @@ def test_a_wide_world_says_so_in_its_files(tmp_path: Path) -> None:
     assert numbers and max(numbers) <= 1
     with pytest.raises(PumiceError, match="another synthetic world"):
         ensure_world(tmp_path, images=12, eval_images=8, seed=0)
+
+
+def test_sources_are_the_same_questions_in_three_prompts(tmp_path: Path) -> None:
+    ensure_world(tmp_path / "plain", images=30, eval_images=2, seed=0)
+    ensure_world(tmp_path / "more", images=30, eval_images=2, seed=0, sources=True)
+    plain, more = files(tmp_path / "plain"), files(tmp_path / "more")
+    # What other recipes read is what it was.
+    assert {name for name in plain if plain[name] != more[name]} == {"world.json"}
+    assert set(more) - set(plain) == {
+        f"sources/{name}.json"
+        for name in ("llava-instruct", "vqav2", "vqav2-bare", "vqav2-qa", "ocrvqa", "aokvqa",
+                     "refcoco", "vg", "gqa", "sharegpt")
+    }  # fmt: skip
+    kept = tmp_path / "more" / "sources"
+    for path in kept.iterdir():
+        source = LlavaJson(path, tmp_path / "more" / "images")
+        samples = [source[index] for index in range(len(source))]
+        assert len(samples) == (30 if path.stem != "ocrvqa" else len(source)) > 0
+        assert {len(sample.images) for sample in samples} == {int(path.stem != "sharegpt")}
+    asked = {name: turns_of(kept / f"{name}.json") for name in ("vqav2", "vqav2-bare", "vqav2-qa")}
+    for short, bare, letters in zip(*asked.values(), strict=True):
+        assert [answer for _, answer in short] == [answer for _, answer in bare]
+        assert short[0][0] == f"{bare[0][0]}\nAnswer the question using a single word or phrase."
+        assert short[1:] == bare[1:]
+        assert letters == [
+            (re.sub(r"^(<image>\n)?(.*)$", r"\1Q: \2 A:", text), answer) for text, answer in bare
+        ]
+    with pytest.raises(PumiceError, match="another synthetic world"):
+        ensure_world(tmp_path / "plain", images=30, eval_images=2, seed=0, sources=True)
+
+
+def turns_of(path: Path) -> list[list[tuple[str, str]]]:
+    rows = [row["conversations"] for row in json.loads(path.read_text())]
+    return [
+        [(a["value"], b["value"]) for a, b in zip(row[::2], row[1::2], strict=True)] for row in rows
+    ]
+
+
+def test_sources_ask_about_their_own_picture(tmp_path: Path) -> None:
+    write_sources(tmp_path, [random_scene(index) for index in range(20)], seed=0)
+    for index, turns in enumerate(turns_of(tmp_path / "refcoco.json")):
+        boxes = {language.box_text(thing) for thing in random_scene(index).things}
+        assert {answer for _, answer in turns} <= boxes
+    for index, turns in enumerate(turns_of(tmp_path / "vg.json")):
+        named = {
+            f"{language.thing_phrase(thing)}.": language.box_text(thing)
+            for thing in random_scene(index).things
+        }
+        assert all(named[answer] in text for text, answer in turns)
+
+
+def test_a_lower_resolution_takes_detail_and_nothing_else(tmp_path: Path) -> None:
+    make_world(tmp_path, images=4, eval_images=4, resolution=48)
+    instances = json.loads((tmp_path / "coco/annotations/instances_train2014.json").read_text())
+    for index, path in enumerate(sorted((tmp_path / "images" / "train").iterdir())):
+        scene = random_scene(index)
+        with Image.open(path) as picture:
+            soft = np.asarray(picture.convert("L"), float)
+        sharp = np.asarray(render(scene).convert("L"), float)
+        assert sharp.shape == soft.shape and abs(sharp.mean() - soft.mean()) < 2
+        assert np.abs(np.diff(soft)).max() < 0.8 * np.abs(np.diff(sharp)).max()
+        boxes = [row["bbox"] for row in instances["annotations"] if row["image_id"] == index + 1]
+        assert [box[:2] for box in boxes] == [list(thing.box[:2]) for thing in scene.things]
+    assert json.loads((tmp_path / "world.json").read_text())["resolution"] == 48
 
 
 def test_a_world_of_impossible_size_is_refused(tmp_path: Path) -> None:

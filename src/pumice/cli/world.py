@@ -39,12 +39,27 @@ def make(
     wide: Annotated[
         bool, typer.Option("--wide", help="Twice as wide pictures; things keep their pixels.")
     ] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="A training file for each source of a mixture too.")
+    ] = False,
+    resolution: Annotated[
+        int | None,
+        typer.Option("--resolution", min=1, help="Detail of so many pixels a side; all without."),
+    ] = None,
 ) -> None:
     """Write training data and benchmark files.
 
     Each benchmark's files have their official names and formats. Equal arguments, equal bytes.
     """
-    ensure_world(out, images=images, eval_images=eval_images, seed=seed, wide=wide)
+    ensure_world(
+        out,
+        images=images,
+        eval_images=eval_images,
+        seed=seed,
+        wide=wide,
+        sources=sources,
+        resolution=resolution,
+    )
     say(str(out))
 
 
@@ -94,15 +109,23 @@ def teacher(
 
 
 def ensure_world(
-    out: Path, *, images: int, eval_images: int, seed: int, wide: bool = False
+    out: Path,
+    *,
+    images: int,
+    eval_images: int,
+    seed: int,
+    wide: bool = False,
+    sources: bool = False,
+    resolution: int | None = None,
 ) -> None:
     """Make a world in `out` unless exactly this one is there; nothing else is written over."""
     from pumice.core.files import read_json
 
-    asked = {"images": images, "eval_images": eval_images, "seed": seed, "wide": wide}
+    chosen = {"wide": wide, "sources": sources, "resolution": resolution}
+    asked = {"images": images, "eval_images": eval_images, "seed": seed, **chosen}
     if (out / _RECORD).is_file():
-        # A world of an older version says nothing of its width.
-        there = {"wide": False} | read_json(out / _RECORD)
+        # A world of an older version does not name what it could not be.
+        there = dict.fromkeys(chosen, False) | {"resolution": None} | read_json(out / _RECORD)
         if any(there.get(key) != value for key, value in asked.items()):
             found = {key: there.get(key) for key in asked}
             raise PumiceError(
@@ -138,5 +161,5 @@ def _make(out: Path, asked: dict[str, Any]) -> None:
         make_world(out, **asked, progress=report)
 
 
-def _words(world: dict[str, int]) -> str:
+def _words(world: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in world.items())

@@ -19,8 +19,14 @@ import numpy.typing as npt
 from pumice.core.errors import PumiceError
 from pumice.core.registry import check_choice, suggest
 from pumice.core.types import Prediction
+from pumice.processing.response_formats import with_format
 
 Floats = npt.NDArray[np.float64]
+PROMPTS = ("short", "none", "qa")
+"""Response formats that questions with a short answer can be asked with; first, the published one.
+
+The others are for models that were trained on them.
+"""
 UNJUDGED = "unjudged"
 """The key in a prediction's `extra` that says why an answer still lacks its judge's verdict."""
 
@@ -132,7 +138,10 @@ class Benchmark(ABC):
     whole_groups: bool = False
     """True: the metric asks for all items of a group, so a limited run takes groups as a whole."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Where official versions differ: what can be chosen, and the values, the default first."""
+    """Where official versions differ: what can be chosen, and the values, the default first.
+
+    `prompt` (see PROMPTS) is the one choice that leaves what is published.
+    """
 
     def __init__(self, **chosen: str) -> None:
         """The benchmark with some of its `choices` made; the others keep their default."""
@@ -208,8 +217,24 @@ class Benchmark(ABC):
 
     @property
     def row_options(self) -> Mapping[str, str]:
-        """The choices that decide what is asked; a judge's are not among them."""
-        return self.chosen
+        """The choices that decide what is asked; a judge's are not among them.
+
+        The published prompt goes without saying.
+        """
+        return {
+            name: value
+            for name, value in self.chosen.items()
+            if (name, value) != ("prompt", PROMPTS[0])
+        }
+
+    @property
+    def as_published(self) -> bool:
+        """Whether questions are, byte for byte, those LLaVA-1.5 was asked."""
+        return self.paper and self.chosen.get("prompt", PROMPTS[0]) == PROMPTS[0]
+
+    def prompt(self, question: str) -> str:
+        """The question as it is asked, where `choices` has `prompt`."""
+        return with_format(question, self.chosen["prompt"])
 
     def judging(self, items: Sequence[Item]) -> dict[str, Any]:
         """Who judges the answers to these items and how, for the protocol; {} without a judge."""

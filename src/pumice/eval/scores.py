@@ -199,7 +199,7 @@ def row_protocol(
     """What decides a single row's answer and score, whichever other rows there are."""
     return {
         "benchmark": benchmark.name,
-        "protocol": "paper" if benchmark.paper else "own",
+        "protocol": "paper" if benchmark.as_published else "own",
         **benchmark.protocol(),
         **({"options": options} if (options := benchmark.row_options) else {}),
         "max_new_tokens": benchmark.max_new_tokens,

@@ -16,6 +16,8 @@ LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CHINESE = "请直接回答选项字母。"
 DETAILED = "Answer in detail."
 CAPTION = "Provide a one-sentence caption for the provided image."
+QUESTION_ANSWER = "Q: {question} A:"
+"""How InstructBLIP asks; it does not say which form of answer is wanted."""
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
 REGION = "Please provide a short description for this region: {box}."
@@ -45,13 +47,19 @@ FORMATS: Registry[str] = Registry(
         "detailed": DETAILED,
         "caption": CAPTION,
         "unanswerable": f"{UNANSWERABLE}\n{SHORT}",
+        "qa": QUESTION_ANSWER,
     },
 )
 
 
 def with_format(question: str, name: str) -> str:
-    """The question, a line break, the sentence of that format; "none" adds nothing."""
+    """The question, a line break, the sentence of that format.
+
+    "none" adds nothing, and "qa" puts the question between its two letters.
+    """
     sentence = FORMATS[name]
+    if "{question}" in sentence:
+        return sentence.replace("{question}", question)
     return f"{question}\n{sentence}" if sentence else question
 
 

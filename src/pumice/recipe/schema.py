@@ -56,6 +56,10 @@ class World(Section):
     seed: int = 0
     wide: bool = False
     """Pictures twice as wide and high, with things of the same pixels (for tiles)."""
+    sources: bool = False
+    """Training files also for each source of LLaVA-1.5's mixture (for studies of data)."""
+    resolution: PositiveInt | None = None
+    """Pictures with no more detail than so many pixels a side hold; null for all they have."""
 
 
 class DataFile(Section):

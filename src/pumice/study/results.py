@@ -15,7 +15,7 @@ from pumice.eval.choose import benchmark_of
 from pumice.eval.compare import items_of_run, rows_of_run
 from pumice.eval.metrics import tallies
 from pumice.eval.runner import SCORES
-from pumice.eval.scores import Scores
+from pumice.eval.scores import Scores, fingerprint
 from pumice.study.cells import Arm, Cell
 from pumice.study.estimate import trained_seconds
 from pumice.study.statistics import Measured, stacked
@@ -65,8 +65,8 @@ class Reader:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._benchmarks: dict[str, Benchmark] = {}
-        self._items: dict[tuple[str, str], list[Item]] = {}
-        self._protocols: dict[str, str] = {}
+        self._items: dict[tuple[str, str, str], list[Item]] = {}
+        self._asked: dict[str, str] = {}
 
     def arm(self, arm: Arm, cells: Sequence[Cell]) -> ArmResult:
         """An arm's result from its runs, one for each seed."""
@@ -97,20 +97,24 @@ class Reader:
     def _rows(self, folder: Path) -> list[Row]:
         """The answered rows of a run's benchmark, in the order that all runs have."""
         scores = Scores.from_dict(read_json(folder / SCORES))
-        protocol = str(scores.protocol["fingerprint"])
-        if self._protocols.setdefault(scores.benchmark, protocol) != protocol:
-            raise DataError(
-                f"{folder} was asked other questions of {scores.benchmark} than the runs before "
-                "it, so their answers cannot be compared. Let no axis change `eval`, or the world "
-                "that questions are about; eval.data can name one directory for all arms."
-            )
-        benchmark = self._benchmarks.setdefault(scores.benchmark, benchmark_of(scores))
+        benchmark = benchmark_of(scores)
+        self._benchmarks.setdefault(scores.benchmark, benchmark)
         # The same questions may be about pictures of another size, in another directory.
-        key = (scores.benchmark, str(scores.origin.get("data")))
+        protocol = str(scores.protocol["fingerprint"])
+        key = (scores.benchmark, str(scores.origin.get("data")), protocol)
         if key not in self._items:
             self._items[key] = items_of_run(benchmark, folder, scores)
-        rows = rows_of_run(folder, benchmark, self._items[key], scores)
-        return [rows[item.id] for item in self._items[key]]
+        items = self._items[key]
+        asked = _what_is_asked(scores, items)
+        if self._asked.setdefault(scores.benchmark, asked) != asked:
+            raise DataError(
+                f"{folder} was asked other questions of {scores.benchmark} than the runs before "
+                "it, so their answers cannot be compared. Let no axis change `eval`, unless it is "
+                "the option `prompt` of a benchmark, or the world that questions are about; "
+                "eval.data can name one directory for all arms."
+            )
+        rows = rows_of_run(folder, benchmark, items, scores)
+        return [rows[item.id] for item in items]
 
     def _cost(self, cell: Cell, done: Sequence[Cell]) -> ArmCost:
         steps = {name: stage.steps for name, stage in cell.recipe.stage_list()}
@@ -133,3 +137,17 @@ class Reader:
     def _memory(self, key: str, stages: Sequence[str]) -> int:
         records = (read_json(self.store.run(key) / name / "training.json") for name in stages)
         return max(int(record["result"]["peak_memory_bytes"]) for record in records)
+
+
+def _what_is_asked(scores: Scores, items: Sequence[Item]) -> str:
+    """Equal where answers can be compared: the same questions and scorer, in whatever prompt."""
+    worded = ("fingerprint", "items_hash", "prompt", "protocol", "options")
+    rules = {name: value for name, value in scores.protocol.items() if name not in worded}
+    options = {
+        name: value
+        for name, value in scores.protocol.get("options", {}).items()
+        if name != "prompt"
+    }
+    return fingerprint(
+        [rules, options, [(item.id, item.truth, item.image and item.image.name) for item in items]]
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,21 @@ def make_world(
     eval_images: int = 500,
     seed: int = 0,
     wide: bool = False,
+    sources: bool = False,
+    resolution: int | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the training files and the benchmarks' official files of a world to `out`.
 
     A `wide` world has pictures twice as wide and high with things of the same pixels: in the one
-    view of a vision backbone they are half as large, and signs cannot be read. The same arguments
-    write the same bytes. `world.json` is written last: its presence means the world is complete.
+    view of a vision backbone they are half as large, and signs cannot be read. `sources` adds
+    sources/: one training file for each source of LLaVA-1.5's mixture. With a `resolution` pictures
+    keep their size but no more detail than so many pixels a side hold. The same arguments write the
+    same bytes. `world.json` is written last: its presence means the world is complete.
     """
     from pumice.world.academic import write_academic
     from pumice.world.benchmarks import write_benchmarks
+    from pumice.world.mixture_sources import write_sources
 
     for name, count in (("images", images), ("eval_images", eval_images)):
         if not 1 <= count <= SEED_STRIDE:
@@ -76,9 +82,10 @@ def make_world(
                 f"{name}={count} cannot be made: a world holds 1 to {SEED_STRIDE} images of each "
                 "split. Give a number in this range."
             )
-    scene = _wide_scene if wide else random_scene
-    train = [scene(seed * SEED_STRIDE + index) for index in range(images)]
-    held_out = [scene(EVAL_SCENES + seed * SEED_STRIDE + k) for k in range(eval_images)]
+    first = seed * SEED_STRIDE
+    train = _scenes(range(first, first + images), wide, resolution)
+    first += EVAL_SCENES
+    held_out = _scenes(range(first, first + eval_images), wide, resolution)
     total = images + eval_images
     done = _write_pictures(train, out / "images" / "train", train_name, progress, 0, total)
     _write_pictures(held_out, out / "val2014", eval_name, progress, done, total)
@@ -90,14 +97,18 @@ def make_world(
     write_coco(out / "coco" / "annotations", "val2014", held_out, eval_name, seed)
     write_benchmarks(out, held_out, seed)
     write_academic(out / "academic", train, seed)
+    if sources:
+        write_sources(out / "sources", train, seed)
     record = {
         "format": 1, "images": images, "eval_images": eval_images, "seed": seed, "wide": wide,
+        "sources": sources, "resolution": resolution,
     }  # fmt: skip
     _write_json(out / "world.json", record)
 
 
-def _wide_scene(seed: int) -> Scene:
-    return widened(random_scene(seed))
+def _scenes(seeds: Iterable[int], wide: bool, resolution: int | None) -> list[Scene]:
+    scenes = [widened(random_scene(seed)) if wide else random_scene(seed) for seed in seeds]
+    return [replace(scene, resolution=resolution) for scene in scenes]
 
 
 def train_name(index: int) -> str:
@@ -139,7 +150,7 @@ def pretrain_rows(scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
         instruction = rng.choice(BRIEF_INSTRUCTIONS)
         human = rng.choice((f"<image>\n{instruction}", f"{instruction}\n<image>"))
         turns = [(human, language.caption(scene, rng))]
-        rows.append(_row(f"{index + 1:012d}", f"train/{train_name(index)}", turns))
+        rows.append(llava_row(f"{index + 1:012d}", f"train/{train_name(index)}", turns))
     return rows
 
 
@@ -151,17 +162,18 @@ def instruct_rows(scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
     for number, index in enumerate(order):
         kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
         if kind == "text":
-            rows.append(_row(f"text_{number:06d}", None, language.text_dialogue(rng)))
+            rows.append(llava_row(f"text_{number:06d}", None, language.text_dialogue(rng)))
             continue
         turns = conversation(scenes[index], kind, rng)
         first, answer = turns[0]
         turns[0] = (f"<image>\n{first}", answer)
-        rows.append(_row(f"{kind}_{number:06d}", f"train/{train_name(index)}", turns))
+        rows.append(llava_row(f"{kind}_{number:06d}", f"train/{train_name(index)}", turns))
     rng.shuffle(rows)
     return rows
 
 
-def _row(name: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+def llava_row(name: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A conversation as LLaVA's files hold it."""
     row: dict[str, Any] = {"id": name} if image is None else {"id": name, "image": image}
     row["conversations"] = [
         {"from": speaker, "value": value}
@@ -184,7 +196,7 @@ def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str,
     if kind == "region":
         return _region_turns(scene, rng)
     if kind == "choice":
-        return _choice_turns(scene, rng)
+        return choice_turns(scene, rng)
     if kind == "ocr" and scene.sign:
         ocr = language.ask(scene, "ocr", rng)
         assert ocr is not None
@@ -209,7 +221,8 @@ def _region_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     return turns
 
 
-def _choice_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def choice_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions with lettered options; short ones where the scene allows none."""
     turns: list[tuple[str, str]] = []
     asked: set[str] = set()
     for kind in rng.choices(tuple(CHOICE_SHARES), tuple(CHOICE_SHARES.values()), k=8):

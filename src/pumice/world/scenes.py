@@ -78,6 +78,8 @@ class Scene:
     things: tuple[Thing, ...]
     seed: int
     pixels: int = SIZE
+    resolution: int | None = None
+    """The picture has no more detail than so many pixels a side would hold; None for all."""
 
     @property
     def shapes(self) -> tuple[Thing, ...]:
@@ -253,7 +255,11 @@ def render(scene: Scene) -> Image.Image:
             _draw_sign(draw, thing)
         else:
             _draw_shape(image, thing)
-    return image
+    if scene.resolution is None:
+        return image
+    # Back to its size, so that boxes and every file that names one stay right.
+    small = image.resize((scene.resolution, scene.resolution), Image.Resampling.LANCZOS)
+    return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
 def _draw_sign(draw: ImageDraw.ImageDraw, thing: Thing) -> None:

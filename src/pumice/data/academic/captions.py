@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pumice.core.errors import DataError
+from pumice.core.errors import DataError, PumiceError
 from pumice.data.academic.base import (
     COCO_IMAGE,
     Row,
@@ -142,6 +142,11 @@ def _ocr_words(task: Task[TextCapsRules]) -> dict[str, list[str]]:
 def _caption_rows(
     pairs: Iterable[tuple[str, str]], notes: Mapping[str, str], rules: CaptionRules, tally: Tally
 ) -> Iterator[Row]:
+    if "{question}" in FORMATS[rules.format]:
+        raise PumiceError(
+            f"format={rules.format} is a form of questions, and captions answer none; choose "
+            "another, such as caption, or none."
+        )
     rng = random.Random(f"captions {rules.seed}")
     for image, captions in grouped(pairs).items():
         tally.read += len(captions)

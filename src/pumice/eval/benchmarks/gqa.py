@@ -13,9 +13,8 @@ import numpy as np
 
 from pumice.core.errors import DataError
 from pumice.core.files import read_json
-from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, percent, ratio
+from pumice.eval.benchmark import PROMPTS, Benchmark, Floats, Item, Row, Sums, percent, ratio
 from pumice.eval.locate import ImageFinder, find_file, require
-from pumice.processing.response_formats import SHORT, with_format
 
 FILES = ("{split}_balanced_questions.json", "{split}_all_questions.json")
 _NEEDED = ("question", "imageId", "answer", "isBalanced", "types", "groups")
@@ -30,7 +29,7 @@ class GQA(Benchmark):
     title = "GQA"
     headline = "accuracy"
     paper = True
-    choices = {"split": ("testdev", "val")}
+    choices = {"split": ("testdev", "val"), "prompt": PROMPTS}
 
     def load(self, data_dir: Path) -> list[Item]:
         """One item per balanced question; `truth` is the answer."""
@@ -45,13 +44,30 @@ class GQA(Benchmark):
         for name, question in questions.items():
             require(question, _NEEDED, f"{file}, question {name}")
             if question["isBalanced"]:
-                items.append(_item(name, question, find_image))
+                items.append(self._item(name, question, find_image))
         if not items:
             raise DataError(
                 f"gqa: {file} has no balanced questions, and only those are scored. Take "
                 f"{names[0]} from the official download."
             )
         return items
+
+    def _item(self, name: str, question: dict[str, Any], find_image: ImageFinder) -> Item:
+        structural = question["types"]["structural"]
+        image = f"{question['imageId']}.jpg"
+        return Item(
+            id=name,
+            image=find_image(image, f"images/{image}", f"data/images/{image}"),
+            prompt=self.prompt(question["question"]),
+            truth=question["answer"],
+            group=question["imageId"],
+            category=structural,
+            extra={
+                "part": "open" if structural == "query" else "binary",
+                "semantic": question["types"]["semantic"],
+                "group": question["groups"]["global"],
+            },
+        )
 
     def parse(self, text: str, item: Item) -> str | None:
         """LLaVA's: full stops at the end go, letters become small; nothing else is forgiven."""
@@ -62,10 +78,11 @@ class GQA(Benchmark):
         return float(parsed == item.truth)
 
     def tally(self, row: Row) -> dict[str, float]:
-        """Score and count, also of the binary or open part; answers told and true by group."""
+        """Score, words and count, also of the binary or open part; answers by group."""
         item, score = row.item, row.prediction.score or 0.0
         part = item.extra["part"]
         sums = {"n": 1.0, "score": score, f"n/{part}": 1.0, f"score/{part}": score}
+        sums["words"] = float(len(row.prediction.text.split()))
         group = item.extra["group"]
         if group is not None:
             sums[f"size/{group}"] = 1.0
@@ -74,12 +91,13 @@ class GQA(Benchmark):
         return sums
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:
-        """Accuracies in percent and the distribution (lower is better), each float[...]."""
+        """Accuracies in percent, distribution (lower is better), words per answer: float[...]."""
         return {
             **self.category_metrics(sums),
             "binary": percent(sums["score/binary"], sums["n/binary"]),
             "open": percent(sums["score/open"], sums["n/open"]),
             "distribution": _distribution(sums),
+            "answer_words": ratio(sums["words"], sums["n"]),
         }
 
     def category_metrics(self, sums: Sums) -> dict[str, Floats]:
@@ -93,7 +111,7 @@ class GQA(Benchmark):
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
         return {
-            "prompt": f"{{question}}\n{SHORT}",
+            "prompt": self.prompt("{question}"),
             "parser": "llava convert_gqa_for_eval: full stops at the end dropped, lower case",
             "metric": "string equality over balanced questions, percent",
         }
@@ -108,21 +126,3 @@ def _distribution(sums: Sums) -> Floats:
         total = total + np.nan_to_num(ratio((told - true) ** 2, true)) * weight
         size = size + true
     return ratio(total, size) / 100
-
-
-def _item(name: str, question: dict[str, Any], find_image: ImageFinder) -> Item:
-    structural = question["types"]["structural"]
-    image = f"{question['imageId']}.jpg"
-    return Item(
-        id=name,
-        image=find_image(image, f"images/{image}", f"data/images/{image}"),
-        prompt=with_format(question["question"], "short"),
-        truth=question["answer"],
-        group=question["imageId"],
-        category=structural,
-        extra={
-            "part": "open" if structural == "query" else "binary",
-            "semantic": question["types"]["semantic"],
-            "group": question["groups"]["global"],
-        },
-    )

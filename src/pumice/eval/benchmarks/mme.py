@@ -17,8 +17,18 @@ import numpy as np
 
 from pumice.core.errors import DataError
 from pumice.eval.answer_files import read_lines
-from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
-from pumice.processing.response_formats import SHORT, with_format
+from pumice.eval.benchmark import (
+    PROMPTS,
+    Answer,
+    Benchmark,
+    Floats,
+    Item,
+    Matching,
+    Row,
+    Sums,
+    percent,
+)
+from pumice.processing.response_formats import SHORT
 
 RELEASE = "MME_Benchmark_release_version"
 PERCEPTION = (
@@ -47,22 +57,28 @@ class MME(Benchmark):
     most = 200.0 * len(PERCEPTION)
     paper = True
     whole_groups = True
+    choices = {"prompt": PROMPTS}
 
     def load(self, data_dir: Path) -> list[Item]:
         """Two items per image, in the order of its file; `truth` is "yes" or "no"."""
         for folder in _FOLDERS:
             subtasks = [_read_subtask(data_dir / folder / name) for name in SUBTASKS]
             if any(subtasks):
-                return [item for items in subtasks for item in items]
+                return self._asked(subtasks)
         for folder in _TEMPLATE_FOLDERS:
             subtasks = [_read_template(data_dir / folder / f"{name}.txt") for name in SUBTASKS]
             if any(subtasks):
-                return [item for items in subtasks for item in items]
+                return self._asked(subtasks)
         where = ", ".join(str(data_dir / folder / PERCEPTION[0]) for folder in _FOLDERS)
         raise DataError(
             f"mme: no subtask found; looked for folders like {where}. Give the directory of the "
             f"official release with --data, or make one with `pumice world make --out DIR`."
         )
+
+    def _asked(self, subtasks: Sequence[Sequence[Item]]) -> list[Item]:
+        return [
+            replace(item, prompt=self.prompt(item.prompt)) for items in subtasks for item in items
+        ]
 
     def match(self, answers: Sequence[Answer], items: Sequence[Item], source: str) -> Matching:
         """By subtask, image and question: the ids of LLaVA's rows and of result files are not one
@@ -142,7 +158,7 @@ class MME(Benchmark):
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
         return {
-            "prompt": f"{{question without '{ENDING}'}}\n{SHORT}",
+            "prompt": self.prompt(f"{{question without '{ENDING}'}}"),
             "parser": "MME eval_tool: yes, else no, within the first four characters",
             "metric": "sum over subtasks of acc and acc+ in percent",
         }
@@ -216,7 +232,7 @@ def _item(
     return Item(
         id=f"{subtask}/{image.stem}/{place[0]}",
         image=image,
-        prompt=with_format(question.replace(ENDING, "").strip(), "short"),
+        prompt=question.replace(ENDING, "").strip(),
         truth=truth.strip().lower(),
         group=f"{subtask}/{image.stem}",
         category=subtask,

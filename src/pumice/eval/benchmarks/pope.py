@@ -16,6 +16,7 @@ import numpy as np
 from pumice.core.errors import DataError
 from pumice.core.files import read_jsonl
 from pumice.eval.benchmark import (
+    PROMPTS,
     Answer,
     Benchmark,
     Floats,
@@ -27,7 +28,6 @@ from pumice.eval.benchmark import (
     percent,
 )
 from pumice.eval.locate import ImageFinder, find_file_if_any, require
-from pumice.processing.response_formats import SHORT, with_format
 
 # Where each category's question ids start in LLaVA's one question file for all three.
 LLAVA_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -44,7 +44,7 @@ class Pope(Benchmark):
     headline = "mean_f1"
     paper = True
     # How many labels the random file must have; "found" takes the file as it is.
-    choices = {"labels": ("found", "2910", "3000")}
+    choices = {"labels": ("found", "2910", "3000"), "prompt": PROMPTS}
 
     def load(self, data_dir: Path) -> list[Item]:
         """Items of every label file present, at least one; ids are "category/question_id"."""
@@ -55,7 +55,7 @@ class Pope(Benchmark):
             path = find_file_if_any(data_dir, self.name, names)
             if path is None:
                 continue
-            labels = _read_labels(path, category, find_image)
+            labels = self._read_labels(path, category, find_image)
             wanted = self.chosen["labels"]
             if category == "random" and wanted not in ("found", str(len(labels))):
                 raise DataError(
@@ -68,6 +68,28 @@ class Pope(Benchmark):
                 f"pope: no label file coco_pope_(adversarial|popular|random).json in {data_dir} or "
                 f"{data_dir / self.name}. Give the directory that holds them with --data, or make "
                 f"them with `pumice world make --out DIR`."
+            )
+        return items
+
+    def _read_labels(self, path: Path, category: str, find_image: ImageFinder) -> list[Item]:
+        items = []
+        for number, row in read_jsonl(path):
+            require(row, ("question_id", "image", "text", "label"), f"{path}, line {number}")
+            if row["label"] not in ("yes", "no"):
+                raise DataError(
+                    f"{path}, line {number}: the label is {row['label']!r}; yes or no are allowed. "
+                    f"Take the official file."
+                )
+            items.append(
+                Item(
+                    id=f"{category}/{row['question_id']}",
+                    image=find_image(row["image"]),
+                    prompt=self.prompt(row["text"]),
+                    truth=row["label"],
+                    group=row["image"],
+                    category=category,
+                    extra={"question_id": str(row["question_id"]), "text": row["text"]},
+                )
             )
         return items
 
@@ -110,33 +132,10 @@ class Pope(Benchmark):
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
         return {
-            "prompt": f"{{question}}\n{SHORT}",
+            "prompt": self.prompt("{question}"),
             "parser": "llava eval_pope: first sentence, any of No/no/not means no, else yes",
             "metric": "mean F1 over categories, positive = yes, percent",
         }
-
-
-def _read_labels(path: Path, category: str, find_image: ImageFinder) -> list[Item]:
-    items = []
-    for number, row in read_jsonl(path):
-        require(row, ("question_id", "image", "text", "label"), f"{path}, line {number}")
-        if row["label"] not in ("yes", "no"):
-            raise DataError(
-                f"{path}, line {number}: the label is {row['label']!r}; yes or no are allowed. "
-                f"Take the official file."
-            )
-        items.append(
-            Item(
-                id=f"{category}/{row['question_id']}",
-                image=find_image(row["image"]),
-                prompt=with_format(row["text"], "short"),
-                truth=row["label"],
-                group=row["image"],
-                category=category,
-                extra={"question_id": str(row["question_id"]), "text": row["text"]},
-            )
-        )
-    return items
 
 
 def _confusion(sums: Sums, category: str) -> dict[str, Floats]:

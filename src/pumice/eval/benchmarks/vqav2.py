@@ -14,10 +14,19 @@ from typing import Any
 from pumice.core.errors import DataError
 from pumice.core.files import read_json
 from pumice.eval.answers import normalise_m4c, prepare, vqa_accuracy
-from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, mean_of, percent, ratio
+from pumice.eval.benchmark import (
+    PROMPTS,
+    Benchmark,
+    Floats,
+    Item,
+    Row,
+    Sums,
+    mean_of,
+    percent,
+    ratio,
+)
 from pumice.eval.locate import ImageFinder, find_file, require
 from pumice.eval.question_files import read_questions
-from pumice.processing.response_formats import SHORT, with_format
 
 QUESTIONS = "v2_OpenEnded_mscoco_{split}_questions.json"
 LLAVA_QUESTIONS = "llava_vqav2_mscoco_{split}.jsonl"
@@ -38,6 +47,7 @@ class VQAv2(Benchmark):
         # "uploaded": first through M4C's processor, as LLaVA does before it uploads.
         "answers": ("as-given", "uploaded"),
         "split": ("val2014", "test-dev2015", "test2015"),
+        "prompt": PROMPTS,
     }
 
     @property
@@ -68,8 +78,31 @@ class VQAv2(Benchmark):
                     f"in {ANNOTATIONS}; each question needs its annotators' answers. Take "
                     f"both files from the same release and split."
                 )
-            items.append(_item(question, annotation, subtype, find_image))
+            items.append(self._item(question, annotation, subtype, find_image))
         return items
+
+    def _item(
+        self,
+        question: dict[str, Any],
+        annotation: dict[str, Any],
+        subtype: str,
+        find_image: ImageFinder,
+    ) -> Item:
+        # The questions of test-dev are asked of the images of test.
+        folder = subtype.replace("test-dev", "test")
+        truths = [answer["answer"] for answer in annotation.get("answers", ())]
+        named = annotation.get("multiple_choice_answer")
+        usual = named or (Counter(truths).most_common(1)[0][0] if truths else "")
+        name = f"COCO_{folder}_{question['image_id']:012d}.jpg"
+        return Item(
+            id=str(question["question_id"]),
+            image=find_image(name, f"{folder}/{name}"),
+            prompt=self.prompt(question["question"]),
+            truth=truths or None,
+            group=str(question["image_id"]),
+            category=annotation.get("question_type", ""),
+            extra={"answer_type": annotation.get("answer_type", ""), "most_frequent": usual},
+        )
 
     def _annotations(self, data_dir: Path) -> dict[int, dict[str, Any]]:
         if not self.judged:
@@ -120,27 +153,7 @@ class VQAv2(Benchmark):
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric."""
         return {
-            "prompt": f"{{question}}\n{SHORT}",
+            "prompt": self.prompt("{question}"),
             "parser": f"VQA scorer, version {self.chosen['scorer']}",
             "metric": "VQA accuracy, each annotator left out in turn, percent",
         }
-
-
-def _item(
-    question: dict[str, Any], annotation: dict[str, Any], subtype: str, find_image: ImageFinder
-) -> Item:
-    # The questions of test-dev are asked of the images of test.
-    folder = subtype.replace("test-dev", "test")
-    truths = [answer["answer"] for answer in annotation.get("answers", ())]
-    named = annotation.get("multiple_choice_answer")
-    usual = named or (Counter(truths).most_common(1)[0][0] if truths else "")
-    name = f"COCO_{folder}_{question['image_id']:012d}.jpg"
-    return Item(
-        id=str(question["question_id"]),
-        image=find_image(name, f"{folder}/{name}"),
-        prompt=with_format(question["question"], "short"),
-        truth=truths or None,
-        group=str(question["image_id"]),
-        category=annotation.get("question_type", ""),
-        extra={"answer_type": annotation.get("answer_type", ""), "most_frequent": usual},
-    )

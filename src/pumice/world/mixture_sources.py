@@ -1,0 +1,146 @@
+"""The training scenes as the sources of LLaVA-1.5's mixture, one file of LLaVA's rows for each.
+
+The files carry the names that `pumice recipes` and the shipped mixtures give the sources. What is
+asked is split among them as it is there: VQAv2 asks what is in a picture, GQA how things relate,
+OCR-VQA what is written, A-OKVQA to choose, RefCOCO and Visual Genome for boxes and what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from pumice.core.files import write_atomic
+from pumice.world import language
+from pumice.world.datasets import (
+    REGION_BOX,
+    REGION_NAME,
+    SHORT,
+    choice_turns,
+    conversation,
+    llava_row,
+    train_name,
+)
+from pumice.world.scenes import Scene
+
+Turns = list[tuple[str, str]]
+# Thousands of rows of the three parts of LLaVA-Instruct-158K.
+_INSTRUCT = {"conversation": 58, "detail": 23, "reasoning": 77}
+_VQAV2 = (
+    "color", "size", "texture", "shape", "background", "count", "count_by", "exist", "exist_pair",
+)  # fmt: skip
+_GQA = ("where", "which", "relation", "compare")
+_QUESTIONS = 6
+_REGIONS = 3
+
+
+def write_sources(folder: Path, scenes: list[Scene], seed: int) -> None:
+    """Write one file for each source, with one row for each scene that it can ask about.
+
+    `vqav2.json` asks for a short answer as LLaVA-1.5 does, once a row; `vqav2-bare.json` holds the
+    same questions and answers without it, and `vqav2-qa.json` as "Q: ... A:".
+    """
+    for name, make in _SOURCES.items():
+        rng = random.Random(f"source {name} {seed}")
+        made = [make(scene, rng) for scene in scenes]
+        _write(folder / f"{name}.json", made)
+        if name == "vqav2":
+            _write(folder / "vqav2-bare.json", [_bare(turns) for turns in made])
+            _write(folder / "vqav2-qa.json", [_question_answer(turns) for turns in made])
+    rng = random.Random(f"source sharegpt {seed}")
+    rows = [
+        llava_row(f"sharegpt_{index:06d}", None, language.text_dialogue(rng))
+        for index in range(len(scenes))
+    ]
+    write_atomic(folder / "sharegpt.json", json.dumps(rows, ensure_ascii=False))
+
+
+def _write(path: Path, made: list[Turns]) -> None:
+    rows = []
+    for index, turns in enumerate(made):
+        if not turns:
+            continue
+        (first, answer), *others = turns
+        shown = [(f"<image>\n{first}", answer), *others]
+        rows.append(llava_row(f"{path.stem}_{index:06d}", f"train/{train_name(index)}", shown))
+    write_atomic(path, json.dumps(rows, ensure_ascii=False))
+
+
+def _bare(turns: Turns) -> Turns:
+    return [(text.removesuffix(f"\n{SHORT}"), answer) for text, answer in turns]
+
+
+def _question_answer(turns: Turns) -> Turns:
+    return [(f"Q: {text} A:", answer) for text, answer in _bare(turns)]
+
+
+def _instruct(scene: Scene, rng: random.Random) -> Turns:
+    kind = rng.choices(tuple(_INSTRUCT), tuple(_INSTRUCT.values()))[0]
+    return conversation(scene, kind, rng)
+
+
+def _short_answers(scene: Scene, kinds: tuple[str, ...], rng: random.Random) -> Turns:
+    """Different questions of these kinds, as often as the world asks each of them."""
+    weights = [language.KINDS[kind][1] for kind in kinds]
+    turns: dict[str, str] = {}
+    for kind in rng.choices(kinds, weights, k=2 * _QUESTIONS):
+        asked = language.ask(scene, kind, rng)
+        if asked is not None and len(turns) < _QUESTIONS:
+            turns.setdefault(asked.text, asked.short)
+    # As in the reference's merged conversations, only the first turn carries the format prompt.
+    return [
+        (text if number else f"{text}\n{SHORT}", short)
+        for number, (text, short) in enumerate(turns.items())
+    ]
+
+
+def _vqav2(scene: Scene, rng: random.Random) -> Turns:
+    return _short_answers(scene, _VQAV2, rng)
+
+
+def _gqa(scene: Scene, rng: random.Random) -> Turns:
+    return _short_answers(scene, _GQA, rng)
+
+
+def _ocrvqa(scene: Scene, rng: random.Random) -> Turns:
+    """What the sign says and where it stands; nothing without a sign."""
+    if scene.sign is None:
+        return []
+    asked = language.ask(scene, "ocr", rng)
+    assert asked is not None
+    return [(f"{asked.text}\n{SHORT}", asked.short), ("Where is the sign?", scene.sign.place)]
+
+
+def _refcoco(scene: Scene, rng: random.Random) -> Turns:
+    return [
+        (
+            REGION_BOX.format(
+                phrase=rng.choice((language.thing_phrase(thing), f"the {thing.shape}"))
+            ),
+            language.box_text(thing, scene.pixels),
+        )
+        for thing in rng.sample(scene.things, min(_REGIONS, len(scene.things)))
+    ]
+
+
+def _vg(scene: Scene, rng: random.Random) -> Turns:
+    return [
+        (
+            REGION_NAME.format(box=language.box_text(thing, scene.pixels)),
+            f"{language.thing_phrase(thing)}.",
+        )
+        for thing in rng.sample(scene.things, min(_REGIONS, len(scene.things)))
+    ]
+
+
+_SOURCES: dict[str, Callable[[Scene, random.Random], Turns]] = {
+    "llava-instruct": _instruct,
+    "vqav2": _vqav2,
+    "ocrvqa": _ocrvqa,
+    "aokvqa": choice_turns,
+    "refcoco": _refcoco,
+    "vg": _vg,
+    "gqa": _gqa,
+}
