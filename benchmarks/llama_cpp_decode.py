@@ -72,6 +72,10 @@ class Ours:
     @torch.inference_mode()
     def generate(self, prompt: list[int], new: int) -> list[int]:
         """Reads the prompt and says `new` tokens."""
+        with self._decoder.at_work():
+            return self._said(prompt, new)
+
+    def _said(self, prompt: list[int], new: int) -> list[int]:
         cache = self._decoder.cache(len(prompt))
         embeds = self._lmm.language.embed(torch.tensor(prompt))
         [logits] = self._decoder.read([Chunk(embeds, 0, cache, None, True)])

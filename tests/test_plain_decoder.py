@@ -10,9 +10,12 @@ import torch
 from transformers import AutoConfig
 
 from pumice.core.types import Request, Sampling, user
-from pumice.infer.decoder import AnyDecoder
+from pumice.infer import one_row
+from pumice.infer.decoder import AnyDecoder, Chunk
 from pumice.infer.engine import Engine
+from pumice.infer.online import Online
 from pumice.infer.plain_decoder import FAMILIES, PlainDecoder, best_decoder
+from pumice.infer.scheduler import Limits
 from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
 from pumice.models.quantize import METHODS, pack_for_cpu, quantize_language
@@ -76,6 +79,64 @@ def test_it_computes_what_transformers_computes(
         torch.testing.assert_close(logits, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@torch.inference_mode()
+def test_a_row_alone_is_computed_as_it_is_among_others(
+    lmm: LMM, family: str, key_heads: int
+) -> None:
+    decoder = best_decoder(with_language(lmm, family, num_key_value_heads=key_heads))
+    assert isinstance(decoder, PlainDecoder) and decoder._one is not None
+    ids = torch.arange(40, 60)
+    caches = decoder.cache(15), decoder.cache(15)
+    for cache in caches:
+        decoder.read([Chunk(lmm.language.embed(ids[:15]), 0, cache, None, True)])
+    pair = decoder.cache()
+    pair.join(caches[1], 15)
+    pair.join(caches[1], 15)
+    for place in range(15, 20):
+        token = int(ids[place])
+        [alone] = decoder.step([token], [place], caches[0], None)
+        for row in decoder.step([token, token], [place, place], pair, None):
+            torch.testing.assert_close(alone, row, atol=2e-5, rtol=1e-5)
+    mine, theirs = caches[0].pieces(0, 0, 20), pair.pieces(1, 0, 20)
+    torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("worth", [0, 1 << 40])
+def test_numpy_takes_torchs_threads_while_an_engine_works(
+    lmm: LMM, processor: Processor, monkeypatch: pytest.MonkeyPatch, worth: int
+) -> None:
+    libraries = one_row._blas().lib_controllers
+    if not libraries:
+        pytest.skip("numpy is built with a BLAS whose threads threadpoolctl cannot set")
+    monkeypatch.setattr(one_row, "_WORTH_THREADS", worth)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    engine = Engine(lmm, processor)
+    engine.scheduler(Limits(1))  # the decoder is made and compared by now
+    counts = lambda: [library.num_threads for library in libraries]  # noqa: E731
+    before, seen = counts(), []
+    step = PlainDecoder.step
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append(counts())
+        return step(*given)
+
+    monkeypatch.setattr(PlainDecoder, "step", watched)
+    request = Request((user("what"),), Sampling(max_new_tokens=4))
+    engine.generate([request])
+    list(engine.stream(request))
+    with Online(engine) as online:
+        online.submit(request).result()
+    assert seen == 9 * [len(libraries) * [3 if worth == 0 else 1]]
+    assert counts() == before
+
+
+def test_another_activation_runs_in_torch(lmm: LMM) -> None:
+    decoder = best_decoder(with_language(lmm, "llama", hidden_act="gelu"))
+    assert isinstance(decoder, PlainDecoder) and decoder._one is None
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_quantised_layers_are_used_as_they_are(lmm: LMM, processor: Processor, method: Any) -> None:
     requests = [Request((user(text),), Sampling(max_new_tokens=12)) for text in ("what", "a red")]
@@ -85,15 +146,9 @@ def test_quantised_layers_are_used_as_they_are(lmm: LMM, processor: Processor, m
     results = fast.generate(requests)
     assert isinstance(fast._decoder, PlainDecoder)
     slow = Engine(lmm, processor)
-    slow.scheduler(_limits())
+    slow.scheduler(Limits(1))
     slow._decoder = AnyDecoder(lmm)
     assert slow.generate(requests) == results
-
-
-def _limits() -> Any:
-    from pumice.infer.scheduler import Limits
-
-    return Limits(1)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pumice.infer import products
-from pumice.infer.products import Norm, product
+from pumice.infer.byte_rows import ByteRows
+from pumice.infer.products import Norm, Quantized, product
+from pumice.models.quantize import QuantizedLinear
 
 
 @pytest.mark.parametrize("blocks", [True, False])
@@ -29,6 +33,9 @@ def test_a_product_is_that_of_its_layers(
     for wanted, made in ((said, product(layers)), (said[:, order], product(layers, order))):
         torch.testing.assert_close(made(x), wanted)
         torch.testing.assert_close(made(x, plus), wanted + plus)
+        for alone, added, row in zip(x.numpy(), plus.numpy(), wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(made.one(alone)), row)
+            torch.testing.assert_close(torch.from_numpy(made.one(alone, added) - added), row)
     assert torch.equal(x, kept[0]) and torch.equal(plus, kept[1])
 
 
@@ -41,3 +48,47 @@ def test_a_norm_is_the_root_mean_square_norm() -> None:
     torch.testing.assert_close(Norm(module)(x), wanted)
     heads = x.view(5, 1, 32)
     torch.testing.assert_close(Norm(module)(heads), wanted.view(5, 1, 32))
+    alone = np.stack([Norm(module).one(row) for row in x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(alone), wanted)
+    torch.testing.assert_close(torch.from_numpy(Norm(module).heads(x.numpy())), wanted)
+
+
+def eight_bits(sizes: tuple[int, ...], bias: bool) -> list[QuantizedLinear]:
+    torch.manual_seed(0)
+    layers = [QuantizedLinear(48, size, bias, "int8") for size in sizes]
+    for layer in layers:
+        added = torch.randn(layer.out_features) if bias else None
+        layer.fill(torch.randn(layer.out_features, 48), added)
+        layer.pack()
+    return layers
+
+
+@pytest.mark.parametrize("worth", [0, products._WORTH_BYTES])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(24,), (300, 16, 16), (256, 256)])
+def test_a_row_of_eight_bits_is_that_of_the_weights_they_stand_for(
+    monkeypatch: pytest.MonkeyPatch, worth: int, bias: bool, sizes: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(products, "_WORTH_BYTES", worth)
+    layers = eight_bits(sizes, bias)
+    order = torch.randperm(sum(sizes)) if len(sizes) > 1 else None
+    x, plus = 40 * torch.randn(48), torch.randn(sum(sizes))
+    wanted = torch.cat([F.linear(x, layer.dequantized(), layer.bias) for layer in layers])
+    wanted = wanted if order is None else wanted[order]
+    made = product(layers, order)
+    assert isinstance(made, Quantized) == (worth == 0)
+    for copies in (True, False):
+        close = {"rtol": 1e-5, "atol": 1e-3} if copies else {"rtol": 1e-3, "atol": 0.3}
+        made = product(layers, order, copies)
+        torch.testing.assert_close(torch.from_numpy(made.one(x.numpy())), wanted, **close)
+        found = torch.from_numpy(made.one(x.numpy(), plus.numpy()))
+        torch.testing.assert_close(found, wanted + plus, **close)
+
+
+def test_a_row_of_eight_bits_needs_no_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(ByteRows, "of", lambda layer: None)
+    [layer] = eight_bits((24,), False)
+    x = torch.randn(48)
+    found = torch.from_numpy(product([layer]).one(x.numpy()))
+    torch.testing.assert_close(found, F.linear(x, layer.dequantized()), rtol=1e-3, atol=1e-2)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicLayer
 
 # Free columns behind the last one, so that a buffer is copied once in so many tokens.
@@ -217,6 +219,15 @@ class StackedCache:
         """
         fresh = self._buffer.extend(new, rows)
         return list(fresh.unbind(0)), list(self._buffer.shown.unbind(0))
+
+    def grow_row(self) -> NDArray[np.float32]:
+        """One more column of a cache of one row -> all of its columns: float[L, 2, H, S, Dh].
+
+        A view of the CPU's memory: the last column is to be written to.
+        """
+        self._buffer.extend(1, 1)
+        shown: NDArray[np.float32] = self._buffer.shown[:, :, 0].numpy()
+        return shown
 
     def join(self, other: StackedCache, length: int) -> None:
         """Takes in the last `length` columns of a cache of one row."""

@@ -6,6 +6,7 @@ Shapes: B rows, T positions of a chunk, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +36,9 @@ class Chunk:
 class Decoder(Protocol):
     """How the engine runs a language model."""
 
+    def at_work(self) -> AbstractContextManager[object]:
+        """What a thread holds while it reads and steps; without it, that may be slower."""
+
     def cache(self, columns: int | None = None) -> RowsCache:
         """An empty cache for this decoder; with `columns` for one row that will have so many."""
 
@@ -59,6 +63,10 @@ class AnyDecoder:
 
     def __init__(self, lmm: LMM) -> None:
         self._lmm = lmm
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """Nothing: torch's threads are set already."""
+        return nullcontext()
 
     def cache(self, columns: int | None = None) -> RowsCache:
         """An empty cache, as transformers' decoders take it."""

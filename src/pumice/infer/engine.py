@@ -8,7 +8,8 @@ requests and single ones; `online.Online` answers many threads with the same sch
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,8 +87,7 @@ class Engine:
         size = _WINDOW * self.max_batch
         starts = iter(range(0, len(requests), size))
         start: int | None = next(starts, None)
-        with evaluating(self.lmm):
-            scheduler = self.scheduler(Limits(self.max_batch))
+        with self._at_work(Limits(self.max_batch)) as scheduler:
             while start is not None or not scheduler.idle:
                 # Before the last rows of a window run alone, the next one joins them.
                 if start is not None and len(scheduler.waiting) < self.max_batch:
@@ -111,7 +111,9 @@ class Engine:
             scheduler = self.scheduler(Limits(1))
             scheduler.add(row)
             while not scheduler.idle:
-                scheduler.step()
+                # Held for a step alone: between them the caller has the thread.
+                with scheduler.at_work():
+                    scheduler.step()
                 settled = row.answer.settled
                 if len(settled) > len(told):
                     yield settled[len(told) :]
@@ -142,6 +144,13 @@ class Engine:
             if self._decoder is None:
                 self._decoder = best_decoder(self.lmm)
             return Scheduler(self.lmm, self._decoder, self.memory, limits)
+
+    @contextmanager
+    def _at_work(self, limits: Limits) -> Iterator[Scheduler]:
+        with evaluating(self.lmm):
+            scheduler = self.scheduler(limits)
+            with scheduler.at_work():
+                yield scheduler
 
     def row(self, request: Request) -> Row:
         """A request checked and tokenised, its images unopened; raises PumiceError otherwise."""

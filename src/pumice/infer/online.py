@@ -286,8 +286,9 @@ class Online:
 
     def _loop(self) -> None:
         try:
-            while self._next():
-                self._step()
+            with self._scheduler.at_work():
+                while self._next():
+                    self._step()
         finally:
             # Also when a mistake of ours ends the thread: nobody may wait for ever.
             with self._changed:

@@ -14,8 +14,8 @@ width, D model width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from torch.nn import functional as F
 
 from pumice.infer.cache import StackedCache
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
-from pumice.infer.products import Norm, Product, product
+from pumice.infer.one_row import OneRow
+from pumice.infer.plain_blocks import Block, block_of
+from pumice.infer.products import Norm, product
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
 from pumice.models.lora import has_lora
@@ -39,20 +41,6 @@ _MOST_BYTES = 4 * 1024**3
 _TOLERANCE = 1e-3
 
 
-@dataclass(slots=True)
-class _Block:
-    norm: Norm
-    qkv: Product
-    out: Product
-    feed_norm: Norm
-    gate_up: Product
-    down: Product
-    activation: Callable[[torch.Tensor], torch.Tensor]
-    scaling: float
-    query_norm: Norm | None
-    key_norm: Norm | None
-
-
 class PlainDecoder:
     """A language model of one of `FAMILIES`; `best_decoder` says whether it can be used."""
 
@@ -64,12 +52,22 @@ class PlainDecoder:
         self._heads: int = config.num_attention_heads
         self._key_heads: int = config.num_key_value_heads
         copies = _copied_bytes(lmm.language.model) <= _MOST_BYTES
-        self._blocks = [_block(layer, copies) for layer in model.model.layers]
+        self._blocks = [block_of(layer, copies) for layer in model.model.layers]
         self._norm = Norm(model.model.norm)
-        self._head = product([model.lm_head])
+        self._head = product([model.lm_head], copies=copies)
         self._width: int = model.model.layers[0].self_attn.head_dim
         self._like = self._table.new_empty(self._key_heads, 0, self._width)
         self._turns = torch.empty(0)
+        self._one: OneRow | None = None
+        if self._table.device.type == "cpu" and config.hidden_act == "silu":
+            heads = self._heads, self._key_heads
+            read = _plain_bytes(lmm.language.model)
+            self._one = OneRow(self._blocks, self._norm, self._head, heads, read)
+            self._rows = self._table.numpy()
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """The threads of numpy's products, where a row alone is computed by it."""
+        return nullcontext() if self._one is None else self._one.at_work()
 
     def cache(self, columns: int | None = None) -> StackedCache:
         """An empty cache for this decoder; with `columns` for one row that will have so many."""
@@ -119,6 +117,10 @@ class PlainDecoder:
         media: Media | None,
     ) -> torch.Tensor:
         """B tokens, and how many positions each row has before them -> float[B, V]."""
+        if self._one is not None and len(tokens) == 1:
+            turns = self._turns_at(lengths[0], lengths[0] + 1)
+            logits = self._one(self._rows[tokens[0]], turns.numpy(), cache.grow_row())
+            return torch.from_numpy(logits).unsqueeze(0)
         ids, places = torch.tensor([tokens, lengths], device=self._table.device)
         longest = max(lengths)
         turns = self._turns_at(places, longest + 1)
@@ -137,7 +139,7 @@ class PlainDecoder:
             hidden = self._after(block, hidden, mixed.squeeze(1))
         return self._head(self._norm(hidden))
 
-    def _states(self, block: _Block, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def _states(self, block: Block, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """float[N, D] -> float[N, H + 2 Hk, Dh]: queries, keys and values; the former turned."""
         turned = self._heads + self._key_heads
         states = block.qkv(block.norm(hidden)).view(-1, turned + self._key_heads, self._width)
@@ -157,7 +159,7 @@ class PlainDecoder:
         fresh.copy_(both.permute(2, 0, 3, 1, 4))
 
     def _attention(
-        self, block: _Block, states: torch.Tensor, known: torch.Tensor, mask: torch.Tensor | None
+        self, block: Block, states: torch.Tensor, known: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """float[B, T, >= H, Dh], float[2, B, Hk, S, Dh] -> float[B, T, H Dh]."""
         keys, values = known.unbind(0)
@@ -171,20 +173,24 @@ class PlainDecoder:
         )
         return found.transpose(1, 2).flatten(2)
 
-    def _after(self, block: _Block, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    def _after(self, block: Block, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """float[N, D], float[N, H Dh] -> float[N, D]: the rest of a block behind its attention."""
         hidden = block.out(mixed, hidden)
         gate, up = block.gate_up(block.feed_norm(hidden)).chunk(2, -1)
         return block.down(block.activation(gate).mul_(up), hidden)
 
-    def _turns_at(self, places: torch.Tensor, needed: int) -> torch.Tensor:
-        """long[N], all below `needed` -> complex[N, 1, Dh / 2]: cosines, and sines times i."""
+    def _turns_at(self, places: torch.Tensor | int, needed: int) -> torch.Tensor:
+        """long[N], all below `needed` -> complex[N, 1, Dh / 2]: cosines, and sines times i.
+
+        Of one place -> complex[1, Dh / 2].
+        """
         if needed > len(self._turns):
-            every = torch.arange(max(needed, 2 * len(self._turns), 256), device=places.device)
+            count = max(needed, 2 * len(self._turns), 256)
+            every = torch.arange(count, device=self._table.device)
             cos, sin = self._rotary(self._table[:1], every.unsqueeze(0))
             half = sin.shape[-1] // 2
             self._turns = torch.complex(cos[0, :, :half], sin[0, :, :half])
-        return self._turns[places].unsqueeze(1)
+        return self._turns[places].unsqueeze(-2)
 
 
 @torch.no_grad()
@@ -225,22 +231,29 @@ def _fits(lmm: LMM) -> bool:
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
         return False
-    plain = any(type(m) is nn.Linear for m in linears)
-    if plain and _copied_bytes(language.model) > _MOST_BYTES:
+    if _plain_bytes(language.model) and _copied_bytes(language.model) > _MOST_BYTES:
         return False
     wanted: int = 7 * config.num_hidden_layers + 1
     return len(linears) == wanted
 
 
+def _plain_bytes(model: nn.Module) -> int:
+    """What the weights of its linear layers take that are not quantised."""
+    return sum(m.weight.nbytes for m in model.modules() if type(m) is nn.Linear)
+
+
 def _copied_bytes(model: nn.Module) -> int:
-    """What copies of its linear layers take: twice in float32, or once in 8 bits."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return sum(m.in_features * m.out_features * (8 if type(m) is nn.Linear else 1) for m in linears)
+    """What copies of its linear layers take: two in float32, or two in 8 bits."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    eight = sum(2 * layer.in_features * layer.out_features for layer in quantized)
+    return 2 * _plain_bytes(model) + eight
 
 
 @torch.inference_mode()
 def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
-    """How far logits are apart, relative to the largest: two prompts read, then a step of both."""
+    """How far logits are apart, relative to the largest: two prompts read, a step of both
+    together, and of one alone.
+    """
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, lmm.language.vocab_size, (14,), generator=draw).to(lmm.device)
     found = []
@@ -255,39 +268,9 @@ def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
         together.join(caches[0], 7)
         together.join(caches[1], 5)
         logits += list(decoder.step(ids[12:].tolist(), [7, 5], together, None))
+        logits += list(decoder.step(ids[12:13].tolist(), [7], caches[0], None))
         found.append(torch.stack(logits))
     return float((found[0] - found[1]).abs().max() / found[0].abs().max().clamp(min=1e-30))
-
-
-def _block(layer: Any, copies: bool) -> _Block:
-    attention, feed = layer.self_attn, layer.mlp
-    pairs = _pairs(attention.head_dim)
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    turned = linears[0].out_features + linears[1].out_features
-    order = torch.arange(turned + linears[2].out_features)
-    order[:turned] = order[:turned].view(-1, len(pairs))[:, pairs].flatten()
-    normed = hasattr(attention, "q_norm")
-    return _Block(
-        norm=Norm(layer.input_layernorm),
-        qkv=product(linears, order.to(linears[0].weight.device), copies),
-        out=product([attention.o_proj]),
-        feed_norm=Norm(layer.post_attention_layernorm),
-        gate_up=product([feed.gate_proj, feed.up_proj], copies=copies),
-        down=product([feed.down_proj]),
-        activation=feed.act_fn.forward,
-        scaling=attention.scaling,
-        query_norm=Norm(attention.q_norm, pairs) if normed else None,
-        key_norm=Norm(attention.k_norm, pairs) if normed else None,
-    )
-
-
-def _pairs(width: int) -> torch.Tensor:
-    """The order of a head's numbers in which those turned together stand side by side.
-
-    Queries and keys are in the same order, so their products are as before; each pair is then one
-    complex number, and turning all of them is one multiplication.
-    """
-    return torch.arange(width).view(2, -1).t().flatten()
 
 
 def _causal(first: int, length: int, device: torch.device) -> torch.Tensor | None:

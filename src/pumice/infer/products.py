@@ -1,7 +1,8 @@
 """Products of a few rows with fixed weights, laid out for the processor.
 
 A single row is bound by how fast its weights come from memory, many rows by arithmetic, and each
-wants the weights in another order. Shapes: N rows, I inputs, O outputs of all layers together.
+wants the weights in another order. One row alone is computed by numpy, which starts an operation in
+a third of torch's time. Shapes: N rows, I inputs, O outputs of all layers together.
 """
 
 from __future__ import annotations
@@ -9,16 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from pumice.infer.byte_rows import ByteRows
 from pumice.models.quantize import QuantizedLinear, merged
+
+Row = NDArray[np.float32]
+"""float[I] or float[O]: what one row is, in numpy."""
 
 # Rows for which oneDNN orders the weights; it orders them for more rows in the same way.
 _ROWS = 32
 # Multiplications below which calling oneDNN costs more than it saves (10 us a call).
 _WORTH_A_CALL = 1_500_000
+# Weights below which 8 bits save less reading than their product costs in starting (10 us a call).
+_WORTH_BYTES = 1 << 18
 
 
 class Product(Protocol):
@@ -27,23 +36,34 @@ class Product(Protocol):
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
 
+    def one(self, x: Row, plus: Row | None = None) -> Row:
+        """The same of a single row on the CPU: float[I] -> float[O]."""
+
 
 class Dense:
-    """Plain linear layers; `order` says which output of all of them stands where.
+    """Plain linear layers, float[O', I] each; `order` says which output of all stands where.
 
-    On the CPU two copies of the weights are made: for one row and a wide product the weights as
-    inputs by outputs, which comes from memory at nearly twice the speed, and for several rows
-    oneDNN's own blocks, up to twice as fast as the product that `F.linear` takes for few rows.
+    On the CPU two copies of the weights are made: for one row and at least as many outputs as
+    inputs the weights as inputs by outputs, which comes from memory at nearly twice the speed, and
+    for several rows oneDNN's own blocks, up to twice as fast as the product that `F.linear` takes
+    for few rows.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], order: torch.Tensor | None = None) -> None:
-        weight = _together([layer.weight.detach() for layer in layers], order)
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        order: torch.Tensor | None = None,
+    ) -> None:
+        weight = _together(weights, order)
         self._bias = _together(biases, order) if biases else None
-        wide = weight.shape[0] > weight.shape[1]
-        self._weight = weight.t().contiguous() if wide else weight.t()
+        self._wide = weight.shape[0] >= weight.shape[1]
+        self._weight = weight.t().contiguous() if self._wide else weight.t()
         self._blocks = _blocks(weight)
         self._few = max(1, _WORTH_A_CALL // weight.numel())
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            self._matrix = self._weight.numpy() if self._wide else weight.numpy()
+            self._added = None if self._bias is None else self._bias.numpy()
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
@@ -53,19 +73,24 @@ class Dense:
             return (
                 x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
             )
-        # One row as a vector: of a tall matrix MKL reads more in a second so.
-        out = (
-            torch.addmv(plus[0], self._weight.t(), x[0]).unsqueeze(0)
-            if x.shape[0] == 1
-            else torch.addmm(plus, x, self._weight)
-        )
+        out = torch.addmm(plus, x, self._weight)
         return out if self._bias is None else out.add_(self._bias)
+
+    def one(self, x: Row, plus: Row | None = None) -> Row:
+        """The same of a single row on the CPU: float[I] -> float[O]."""
+        out: Row = np.dot(x, self._matrix) if self._wide else np.dot(self._matrix, x)
+        if self._added is not None:
+            out += self._added
+        if plus is not None:
+            out += plus
+        return out
 
 
 class Quantized:
     """Quantised linear layers, their outputs side by side, in `order` if given.
 
-    With `copies`, several int8 layers are held once more, as one.
+    With `copies` int8 layers are held once more as one, and again in the order that a single row
+    reads fastest.
     """
 
     def __init__(
@@ -74,9 +99,13 @@ class Quantized:
         order: torch.Tensor | None = None,
         copies: bool = True,
     ) -> None:
-        if copies and len(layers) > 1 and all(layer.packed_int8 for layer in layers):
-            every = torch.arange(sum(layer.out_features for layer in layers))
-            layers, order = [merged(layers, every if order is None else order)], None
+        self._rows = None
+        if copies and all(layer.packed_int8 for layer in layers):
+            if len(layers) > 1:
+                every = torch.arange(sum(layer.out_features for layer in layers))
+                layers, order = [merged(layers, every if order is None else order)], None
+            if order is None:
+                self._rows = ByteRows.of(layers[0])
         self._layers = layers
         self._order = order
 
@@ -88,6 +117,16 @@ class Quantized:
             out = out[:, self._order]
         return out if plus is None else out.add_(plus)
 
+    def one(self, x: Row, plus: Row | None = None) -> Row:
+        """The same of a single row on the CPU: float[I] -> float[O]."""
+        if self._rows is None:
+            out: Row = self(torch.from_numpy(x).unsqueeze(0)).numpy()[0]
+        else:
+            out = self._rows(x)
+        if plus is not None:
+            out += plus
+        return out
+
 
 class Norm:
     """A root-mean-square norm: float[..., D] -> float[..., D].
@@ -98,16 +137,32 @@ class Norm:
     def __init__(self, module: Any, order: torch.Tensor | None = None) -> None:
         weight: torch.Tensor = module.weight.detach()
         self._weight = weight if order is None else weight[order]
-        width = self._weight.shape[0]
-        self._mean = weight.new_full((width, 1), 1 / width)
+        self._width = self._weight.shape[0]
+        self._mean = weight.new_full((self._width, 1), 1 / self._width)
         self._eps = weight.new_full((1,), module.variance_epsilon)
+        self._epsilon = float(module.variance_epsilon)
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            self._factors = self._weight.numpy()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float[..., D] -> float[..., D]."""
         if x.dim() > 2:
-            return F.rms_norm(x, self._weight.shape, self._weight, float(self._eps))
+            return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
         scale = torch.addmm(self._eps, x * x, self._mean).rsqrt_()
         return (x * scale).mul_(self._weight)
+
+    def one(self, x: Row) -> Row:
+        """The same of a single row on the CPU: float[D] -> float[D]."""
+        out: Row = x * np.float32((float(np.dot(x, x)) / self._width + self._epsilon) ** -0.5)
+        out *= self._factors
+        return out
+
+    def heads(self, x: Row) -> Row:
+        """float[H, D] -> float[H, D], in numpy."""
+        sums: Row = np.add.reduce(x * x, -1, keepdims=True)
+        out: Row = x / np.sqrt(sums / np.float32(self._width) + np.float32(self._epsilon))
+        out *= self._factors
+        return out
 
 
 def product(
@@ -115,10 +170,17 @@ def product(
 ) -> Product:
     """The quickest product of these layers; output `order[k]` of all of them comes k-th.
 
-    Plain layers are copied in any case, quantised ones with `copies` alone.
+    Plain layers are copied in any case, quantised ones with `copies` alone. Few int8 weights are
+    held as the float32 numbers that they stand for: their integers would take longer.
     """
     quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-    return Quantized(quantized, order, copies) if quantized else Dense(layers, order)
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    if not quantized:
+        return Dense([layer.weight.detach() for layer in layers], biases, order)
+    few = sum(layer.in_features * layer.out_features for layer in layers) < _WORTH_BYTES
+    if copies and few and all(layer.packed_int8 for layer in quantized):
+        return Dense([layer.dequantized() for layer in quantized], biases, order)
+    return Quantized(quantized, order, copies)
 
 
 def _together(parts: Sequence[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:

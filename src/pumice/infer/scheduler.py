@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,10 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.waiting or self.reading or self.running.rows)
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """What a thread holds while it takes steps."""
+        return self._decoder.at_work()
 
     def add(self, row: Row, opened: dict[Key, Opened] | None = None) -> None:
         """Queues a row; `opened` are images of it that are decoded already."""
