@@ -11,17 +11,16 @@ import uvicorn
 
 from pumice.infer.model import Model
 from pumice.serve.limits import Limits
-from pumice.serve.run import Stopping
+from pumice.serve.run import Served, Stopping
 from pumice.serve.server import Server
 
 
-class Running:
-    """A server on a port of its own."""
+class Listening:
+    """Whatever answers HTTP, on a port of its own."""
 
-    def __init__(self, model: Model, limits: Limits, api_key: str | None = None) -> None:
-        self.server = Server(model, "pocket", limits=limits, api_key=api_key)
-        config = uvicorn.Config(self.server.app, port=0, log_level="error", lifespan="on")
-        self.uvicorn = Stopping(config, self.server)
+    def __init__(self, served: Served, api_key: str | None = None) -> None:
+        config = uvicorn.Config(served.app, port=0, log_level="error", lifespan="on")
+        self.uvicorn = Stopping(config, served)
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
         while not self.uvicorn.started:
@@ -39,3 +38,11 @@ class Running:
         self.uvicorn.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive()
+
+
+class Running(Listening):
+    """A model behind the API."""
+
+    def __init__(self, model: Model, limits: Limits, api_key: str | None = None) -> None:
+        self.server = Server(model, "pocket", limits=limits, api_key=api_key)
+        super().__init__(self.server, api_key)

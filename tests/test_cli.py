@@ -24,8 +24,8 @@ Run = Callable[..., tuple[int, str, str]]
 # The whole surface; what is not built yet is no command, rather than a stub.
 SURFACE = {
     "run", "launch slurm", "recipes list", "recipes show", "plan", "study", "ask", "chat",
-    "generate", "serve", "eval", "score", "submit", "data convert", "data mix", "data verify",
-    "data show", "data generate", "convert", "tiles", "world make", "world teacher",
+    "generate", "serve", "page", "eval", "score", "submit", "data convert", "data mix",
+    "data verify", "data show", "data generate", "convert", "tiles", "world make", "world teacher",
     "world backbones", "doctor",
 }  # fmt: skip
 

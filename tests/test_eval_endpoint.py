@@ -318,6 +318,17 @@ def test_one_question_to_an_endpoint(scripted: Scripted, pictures: Path, run: Ru
     assert code == 2 and "scripted 400" in err
 
 
+def test_an_endpoint_that_answers_off_the_list_is_told_on(
+    scripted: Scripted, pictures: Path, run: Run
+) -> None:
+    args = ("ask", scripted.url, "What?", "--image", pictures / "0.png", "--choice")
+    code, out, _ = run(*args, "red", "--choice", "blue")
+    assert (code, out) == (0, "red\n")
+    assert scripted.bodies[0]["structured_outputs"] == {"choice": ["red", "blue"]}
+    code, out, err = run(*args, "blue", "--choice", "green")
+    assert (code, out) == (2, "") and "'red' is none of the 2 choices" in err
+
+
 def test_a_stream_is_asked_as_a_question_is(scripted: Scripted, pictures: Path) -> None:
     chosen = Sampling(temperature=0.5, top_k=3, top_p=0.9, seed=2, stop=("end",), max_new_tokens=7)
     request = Request((user("What?", pictures / "0.png"),), chosen)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import tiny
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import Request, Result, Sampling, assistant, user
 from pumice.infer.engine import Engine
-from pumice.infer.online import BusyError, Counters, Online
+from pumice.infer.online import BusyError, Counters, Handle, Online, Piece
 from pumice.models.tiling import TilingSpec
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
@@ -223,7 +224,7 @@ def test_pieces_in_an_event_loop(engine: Engine, pictures: Path) -> None:
 
     async def listen(online: Online, request: Request) -> str:
         handle = await asyncio.to_thread(online.submit, request)
-        return "".join([piece async for piece in handle])
+        return "".join([piece.text async for piece in handle.pieces()])
 
     async def all_of_them(online: Online) -> list[str]:
         return list(await asyncio.gather(*(listen(online, request) for request in requests)))
@@ -249,10 +250,8 @@ def test_closing_lets_requests_end_or_ends_them(engine: Engine) -> None:
         _unanswered(engine).result(0.01)
 
 
-def _unanswered(engine: Engine) -> object:
-    from pumice.infer.online import Handle
-
-    return Handle(engine.row(Request((user("what"),))), lambda: None)
+def _unanswered(engine: Engine) -> Handle:
+    return Handle(engine.row(Request((user("what"),))), engine.processor.decode, lambda: None)
 
 
 def test_log_probabilities_are_those_of_the_model(engine: Engine, pictures: Path) -> None:
@@ -276,6 +275,34 @@ def test_log_probabilities_are_those_of_the_model(engine: Engine, pictures: Path
         assert entry.token == engine.processor.decode([entry.token_id])
     plain = engine.generate([Request(messages, Sampling(max_new_tokens=6))])[0]
     assert plain.logprobs is None
+
+
+def test_every_piece_has_the_log_probabilities_of_its_tokens(
+    engine: Engine, pictures: Path
+) -> None:
+    requests = [
+        Request(one.messages, replace(one.sampling, top_logprobs=1, stop=stop))
+        for one, stop in zip(mixed(pictures), [(), ("e",), ("a", " t")] * 4, strict=True)
+    ]
+
+    async def listen(online: Online, request: Request) -> tuple[list[Piece], Result]:
+        handle = await asyncio.to_thread(online.submit, request)
+        return [piece async for piece in handle.pieces()], handle.result(0)
+
+    async def all_of_them(online: Online) -> list[tuple[list[Piece], Result]]:
+        return list(await asyncio.gather(*(listen(online, request) for request in requests)))
+
+    with Online(engine) as online:
+        told = asyncio.run(all_of_them(online))
+    assert sum(len(pieces) for pieces, _ in told) > 40
+    for pieces, result in told:
+        assert "".join(piece.text for piece in pieces) == result.text
+        tokens = tuple(token for piece in pieces for token in piece.logprobs)
+        assert tokens == result.logprobs
+        # A token is told with the piece in which its text ends, and with no later one.
+        for piece in pieces[:-1]:
+            ids = [token.token_id for token in piece.logprobs]
+            assert ids and engine.processor.decode(ids).strip() in piece.text
 
 
 @pytest.fixture(autouse=True)

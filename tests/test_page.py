@@ -19,11 +19,13 @@ import pytest
 from playwright import sync_api
 
 import tiny
+from pumice.core.llm_client import Endpoint
 from pumice.infer.model import Model, load
 from pumice.models.tiling import TilingSpec
+from pumice.serve.forward import Forwarder
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
-from serving import Running
+from serving import Listening, Running
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -64,7 +66,7 @@ def page(browser: sync_api.Browser, running: Running) -> Iterator[sync_api.Page]
 
 
 @contextmanager
-def opened(browser: sync_api.Browser, running: Running) -> Iterator[sync_api.Page]:
+def opened(browser: sync_api.Browser, running: Listening) -> Iterator[sync_api.Page]:
     context = browser.new_context(
         viewport={"width": 900, "height": 800}, permissions=["clipboard-read", "clipboard-write"]
     )
@@ -255,6 +257,53 @@ def test_a_lost_server_is_told(page: sync_api.Page) -> None:
     page.click("#send")
     expect(page.locator(".assistant.error").last).to_have_text("the server cannot be reached")
     expect(page.locator("#text")).to_have_value("What is this?")
+
+
+def test_the_page_before_an_endpoint(
+    browser: sync_api.Browser, running: Running, scene: Path, model: Model
+) -> None:
+    expect = sync_api.expect
+    online = running.server.online
+    endpoint = Endpoint(url=f"{running.url}/v1")
+    listening = Listening(Forwarder(endpoint, "pocket", limits=Limits(max_new_tokens=64)))
+    try:
+        with opened(browser, listening) as page:
+            drop(page, scene.read_bytes(), "scene.png", "image/png")
+            expect(page.locator("#shown figcaption")).to_have_text("192 × 192")
+            expect(page.locator("#length")).to_have_attribute("max", "64")
+            ask(page, "What do you see in the image?")
+            expect(page.locator(".assistant .quiet")).to_contain_text("36 image", timeout=PATIENCE)
+            wanted = model.ask("What do you see in the image?", images=[scene], max_new_tokens=64)
+            expect(page.locator(".assistant")).to_contain_text(wanted.text)
+            step, before = online._scheduler.step, online.counters().cancelled
+            online._scheduler.step = lambda: (time.sleep(0.2), step())[1]  # type: ignore[method-assign]
+            try:
+                ask(page, "Describe the image in detail.")
+                while not online.counters().running:
+                    page.wait_for_timeout(20)
+                page.click("#stop")
+                until = time.monotonic() + 20
+                while online.counters().cancelled == before:
+                    assert time.monotonic() < until
+                    page.wait_for_timeout(20)
+            finally:
+                online._scheduler.step = step  # type: ignore[method-assign]
+    finally:
+        listening.stop()
+
+
+def test_a_stream_of_another_kind_of_server(page: sync_api.Page) -> None:
+    said = [
+        ": ping",
+        'data: {"choices": [{"delta": {"role": "assistant"}}]}',
+        'data:{"choices": [{"delta": {"content": "Yes"}, "finish_reason": null}]}',
+        'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}',
+        "data: [DONE]",
+    ]
+    page.route("**/v1/chat/completions", lambda r: r.fulfill(body="\r\n\r\n".join(said) + "\r\n"))
+    ask(page, "What is this?")
+    sync_api.expect(page.locator(".assistant .quiet")).to_have_count(1, timeout=PATIENCE)
+    sync_api.expect(page.locator(".assistant")).to_contain_text("Yes")
 
 
 def test_the_tiles_of_an_image_are_drawn(browser: sync_api.Browser, folders: Any) -> None:

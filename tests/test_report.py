@@ -34,7 +34,7 @@ from pumice.models.tiling import TilingSpec
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
 
-VOID = {"meta", "img", "br", "line", "circle", "path", "rect"}
+VOID = {"meta", "img", "br", "wbr", "line", "circle", "path", "rect"}
 
 
 class Balance(HTMLParser):
@@ -82,12 +82,12 @@ def full_report() -> ReportData:
         for image in (picture((72, 72)), picture((900, 600)), picture((9, 9), "L"), None)
     ]
     return ReportData(
-        title="pocket <1>",
+        title="runs/pocket <1>",
         scores=scores,
         curves={"align": [(n, 4 / n) for n in range(1, 900)], "tune": [(1, 1.0)]},
         examples=examples,
         recipe="# a recipe\nseed: 0  # why\nname: '<b>'\n",
-        facts={"Seed": "0"},
+        facts={"Seed": "0", "Data": "a/b"},
         costs=[{"Part": "align", "Time": "38 s"}, {"Part": "tune", "Time": "3 min"}],
     )
 
@@ -101,7 +101,9 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(tmp_path: Path) 
     assert "script" not in reader.tags and "link" not in reader.tags
     assert [address[:11] for address in reader.addresses] == ["data:image/"] * 3
     assert not re.search(r"https?://|url\((?!#)|@import", page)
-    assert "pocket &lt;1&gt;" in page and "a &amp; b" in page and "&lt;b&gt;" in page
+    # Paths may be broken behind a slash, and are then not broken within a word.
+    assert "<h1>runs/<wbr>pocket &lt;1&gt;</h1>" in page and "<dd>a/<wbr>b</dd>" in page
+    assert "a &amp; b" in page and "&lt;b&gt;" in page
 
 
 def test_every_section_is_there_and_an_empty_one_is_not(tmp_path: Path) -> None:

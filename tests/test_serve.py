@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -18,9 +19,11 @@ import openai
 import pytest
 from PIL import Image
 
+import tiny
 from pumice.core.errors import DataError
 from pumice.infer.model import Model, load
 from pumice.infer.online import Counters
+from pumice.models.tiling import TilingSpec
 from pumice.serve import remote_images
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
@@ -86,6 +89,32 @@ def test_it_answers_as_the_model_does_whole_and_streamed(running: Running, model
     assert text == wanted.text and len(pieces) > 5
     assert pieces[-1]["usage"]["completion_tokens"] == wanted.new_tokens
     assert pieces[-2]["choices"][0]["finish_reason"] == wanted.finish_reason
+    # Each piece brings the log probabilities of its own tokens, as OpenAI's do.
+    more = {"logprobs": True, "top_logprobs": 2, "stream": True, "max_tokens": 40}
+    pieces = events(running.post(messages=asked, **more).text)
+    parts = [(p["choices"][0]["logprobs"] or {}).get("content", []) for p in pieces]
+    assert [token for part in parts for token in part] == told
+    assert sum(1 for part in parts if part) > 5 and max(map(len, parts)) < 4
+
+
+def test_answers_out_of_a_list(running: Running) -> None:
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
+    asked: Any = messages(uri(picture()))
+    colours = ["crimson", "dark red", "green", "grey", "turquoise"]
+
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(model="pocket", messages=asked, **more)
+
+    new = ask(extra_body={"structured_outputs": {"choice": colours}})
+    old = ask(extra_body={"guided_choice": colours}, max_tokens=12)
+    assert new.choices[0].message.content == old.choices[0].message.content in colours
+    assert new.choices[0].finish_reason == "stop"
+    drawn = ask(extra_body={"guided_choice": colours}, n=8, temperature=2.0, seed=3).choices
+    texts = {choice.message.content for choice in drawn}
+    assert texts <= set(colours) and len(texts) > 1
+    streamed = ask(extra_body={"guided_choice": ["one", "two"]}, stream=True)
+    text = "".join(piece.choices[0].delta.content or "" for piece in streamed)
+    assert text in ("one", "two")
 
 
 def test_openai_s_own_client(running: Running) -> None:
@@ -133,7 +162,7 @@ def test_many_clients_at_once_get_what_each_gets_alone(running: Running, model: 
             answer = running.post(messages=messages(uri(case[0]), text=case[1]), max_tokens=16)
             if answer.status_code != 429:
                 return str(answer.json()["choices"][0]["message"]["content"])
-            assert answer.headers["retry-after"] == "1"
+            assert int(answer.headers["retry-after"]) >= 1
             time.sleep(0.05)
 
     with ThreadPoolExecutor(12) as pool:
@@ -161,7 +190,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no content": ({"messages": [{"role": "user", "content": None}]}, "content"),
     "no parts": ({"messages": [{"role": "user", "content": []}]}, "content"),
     "detail": ({"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "data:,", "detail": "high"}}]}]}, "detail"),
+        {"type": "image_url", "image_url": {"url": "data:,", "detail": "huge"}}]}]}, "detail"),
+    "json": ({"messages": messages(), "response_format": {"type": "json_object"}}, "structured_ou"),
+    "no choices": ({"messages": messages(), "guided_choice": []}, "guided_choice"),
+    "blank choice": ({"messages": messages(), "guided_choice": [" a"]}, "blanks around it"),
+    "both choices": ({"messages": messages(), "guided_choice": ["a"],
+                      "structured_outputs": {"choice": ["a"]}}, "give one"),
+    "grammar": ({"messages": messages(), "structured_outputs": {"regex": "a"}}, "structured_outpu"),
+    "choice and stop": ({"messages": messages(), "guided_choice": ["a"], "stop": "b"}, "stop"),
     "surrogate": ({"messages": messages(text="\ud800")}, "half a character"),
     "web address": ({"messages": messages("http://example.com/a.png")}, "fetches none"),
     "a file": ({"messages": messages("/etc/passwd")}, "only data URIs"),
@@ -189,6 +225,30 @@ def test_bad_requests_are_told_what_is_wrong(running: Running, name: str) -> Non
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error" and said in error["message"]
+
+
+def test_detail_is_what_the_recipe_can_show(
+    running: Running, folders: SimpleNamespace, model: Model
+) -> None:
+    def asked(detail: str) -> list[dict[str, Any]]:
+        image = {"url": uri(picture()), "detail": detail}
+        parts = [{"type": "image_url", "image_url": image}, {"type": "text", "text": QUESTION}]
+        return [{"role": "user", "content": parts}]
+
+    wanted = model.ask(QUESTION, images=[picture()], max_new_tokens=8).text
+    for detail in ("auto", "high", "low"):
+        answer = running.post(messages=asked(detail), max_tokens=8).json()
+        assert answer["choices"][0]["message"]["content"] == wanted
+    tiling = TilingSpec("hd", tiny.IMAGE_SIZE, max_tiles=4)
+    lmm = tiny.new_lmm(folders.vision, folders.language, tiling=tiling)
+    processor = tiny.processor_for(lmm, folders.language, tiling=tiling)
+    tiled = Running(Model(lmm, processor), Limits(drain_seconds=1.0))
+    try:
+        assert tiled.post(messages=asked("high"), max_tokens=2).status_code == 200
+        low = tiled.post(messages=asked("low"), max_tokens=2)
+        assert low.status_code == 400 and "trained on tiles" in low.json()["error"]["message"]
+    finally:
+        tiled.stop()
 
 
 def test_bombs_bodies_and_paths(running: Running) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +39,10 @@ def ask(
     model: ModelArg,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The question.")],
     images: ImagesOption = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option("--choice", metavar="TEXT", help="The answer is one of these; repeatable."),
+    ] = None,
     sampling: SamplingOptions = SAMPLING,
     endpoint: EndpointOptions = ENDPOINT,
     loading: LoadOptions = LOADING,
@@ -58,13 +62,13 @@ def ask(
             'pumice ask MODEL "What is this?" --image FILE.'
         )
     check_options(model, endpoint, loading)
+    asked = {**asdict(sampling), "choices": tuple(choices or ())}
     if is_url(model):
-        result = _ask_endpoint(model, text, images or [], sampling, endpoint)
+        result = _ask_endpoint(model, text, images or [], asked, endpoint)
     else:
         from pumice.infer.model import load
 
-        loaded = load(model, **asdict(loading))
-        result = loaded.ask(text, images=images or [], **asdict(sampling))
+        result = load(model, **asdict(loading)).ask(text, images=images or [], **asked)
     if as_json:
         keys = ("text", "finish_reason", "prompt_tokens", "image_tokens", "new_tokens")
         told = {key: getattr(result, key) for key in keys}
@@ -77,13 +81,13 @@ def ask(
 
 
 def _ask_endpoint(
-    url: str, text: str, images: list[Path], sampling: SamplingOptions, endpoint: EndpointOptions
+    url: str, text: str, images: list[Path], sampling: dict[str, Any], endpoint: EndpointOptions
 ) -> Result:
     from pumice.core.errors import PumiceError
     from pumice.core.types import Request, Sampling, user
 
     with remote_model(url, endpoint) as remote:
-        result = remote.ask(Request((user(text, *images),), Sampling(**asdict(sampling))))
+        result = remote.ask(Request((user(text, *images),), Sampling(**sampling)))
     if result.error is not None:
         raise PumiceError(result.error)
     return result

@@ -31,6 +31,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "generate": (_MODEL, MODELS),
     "eval": (_MODEL, MODELS),
     "serve": ((*_MODEL, *_SERVE), MODELS),
+    "page": (("fastapi", "uvicorn", "pillow"), ()),
     "score": (("numpy", "pillow"), ()),
     "submit": (("numpy", "pillow"), ()),
     "data convert": (("pyyaml", "pydantic"), ()),

@@ -78,6 +78,12 @@ ResumeOption = Annotated[
 ]
 
 
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+PortOption = Annotated[
+    int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+]
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How answers are made: a command with a parameter of this class has these options."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +13,10 @@ import typer
 
 from pumice.cli.options import (
     LOADING,
+    HostOption,
     LoadOptions,
     ModelArg,
+    PortOption,
     example,
     with_option_groups,
 )
@@ -22,6 +25,9 @@ from pumice.core.errors import PumiceError
 
 _KEY = "PUMICE_API_KEY"
 _MEBIBYTE = 2**20
+# oneDNN keeps what it compiles for each number of rows it meets, 0.1 MB a product. Its own bound of
+# 1024 is reached in hours, which looks like a leak; so many are enough for every step of a batch.
+_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def _option(name: str, text: str, least: int | None = None) -> typer.models.OptionInfo:
@@ -68,10 +74,8 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: ModelArg,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
-    ] = 8000,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
     api_key: Annotated[
         str | None, typer.Option("--api-key", metavar="KEY", help=f"Else {_KEY}; else none.")
     ] = None,
@@ -90,7 +94,7 @@ def serve(
     Ends on Ctrl-C or SIGTERM, after the requests on their way; a second one ends at once. Images
     come as data URIs; web addresses are refused unless their host is named.
     """
-    check_installed()
+    check_installed("fastapi", "prometheus_client", "uvicorn")
     from pumice.infer.model import load
     from pumice.serve.limits import Limits
     from pumice.serve.run import listen, run
@@ -104,19 +108,25 @@ def serve(
         image_hosts=frozenset(host.lower() for host in image_hosts or ()),
         **given,
     )
+    os.environ.setdefault(*_KERNELS)
     with listen(host, port) as listener:
         called = name or Path(model).resolve().name
         loaded = load(model, max_batch=max_batch, kept_bytes=kept, **asdict(loading))
         server = Server(loaded, called, limits=limits, api_key=api_key or os.environ.get(_KEY))
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}"
+        url = address(host, listener)
         note(f"{called}: {url} (page), {url}/v1 (OpenAI API)")
         run(server, listener)
 
 
-def check_installed() -> None:
-    """Says what to install when the packages that serving needs are missing."""
-    for package in ("fastapi", "prometheus_client", "uvicorn"):
+def address(host: str, listener: socket.socket) -> str:
+    """Where the page is, for people."""
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def check_installed(*packages: str) -> None:
+    """Says what to install when one of the packages that serving needs is missing."""
+    for package in packages:
         if find_spec(package) is None:
             raise PumiceError(
                 f"serving needs the packages of the extra 'serve', and {package} is not installed. "

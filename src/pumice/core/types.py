@@ -86,7 +86,8 @@ class Sampling:
     """How the next token is chosen and when to stop. Temperature 0 is greedy.
 
     `top_logprobs` asks for log probabilities: of the chosen tokens (0), and of so many of the
-    likeliest beside each (1 and more); None for none.
+    likeliest beside each (1 and more); None for none. With `choices` the answer is one of them:
+    at each token the model chooses among those that lead to one.
     """
 
     max_new_tokens: int = 256
@@ -96,6 +97,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

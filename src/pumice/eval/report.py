@@ -192,17 +192,22 @@ def _bar(row: ScoreRow) -> float | None:
 
 
 def _head(data: ReportData) -> str:
-    about = f'<p class="about">{escape(data.about)}</p>' if data.about else ""
+    about = f'<p class="about">{_folding(data.about)}</p>' if data.about else ""
     facts = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{_folding(value)}</dd></div>"
         for name, value in data.facts.items()
     )
     return (
-        f'<header>\n<p class="kicker">pumice report</p>\n<h1>{escape(data.title)}</h1>\n'
+        f'<header>\n<p class="kicker">pumice report</p>\n<h1>{_folding(data.title)}</h1>\n'
         f'<p class="verdict">{escape(data.verdict or verdict(data.scores))}</p>\n{about}'
         + (f'\n<dl class="facts">{facts}</dl>' if facts else "")
         + "\n</header>"
     )
+
+
+def _folding(text: str) -> str:
+    """Escaped; on a phone a path is broken behind a slash, not within a word."""
+    return escape(text).replace("/", "/<wbr>")
 
 
 def _section(title: str, lead: str, body: str) -> str:
@@ -389,5 +394,5 @@ def _recipe(recipe: str) -> str:
 
 
 def _footer(data: ReportData) -> str:
-    notes = "".join(f"<p>{escape(note)}</p>" for note in data.footnotes)
+    notes = "".join(f"<p>{_folding(note)}</p>" for note in data.footnotes)
     return f"<footer>{notes}<p>Written by pumice.</p></footer>"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 
 from pumice.core.types import FinishReason
+from pumice.infer.choices import Guide
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -13,7 +15,10 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Answer:
-    """Takes tokens one by one and knows when to stop; an end token ends it and leaves no text."""
+    """Takes tokens one by one and knows when to stop; an end token ends it and leaves no text.
+
+    With a `guide` it also ends when that is at its end.
+    """
 
     def __init__(
         self,
@@ -22,12 +27,14 @@ class Answer:
         end_tokens: Collection[int],
         stop: Sequence[str],
         max_tokens: int,
+        guide: Guide | None = None,
     ) -> None:
         self._decode = decode
         self._end_tokens = end_tokens
         self._stop = tuple(stop)
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._reader = _Reader(decode)
+        self.guide = guide
         self.ids: list[int] = []
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -35,13 +42,16 @@ class Answer:
     def push(self, token: int) -> bool:
         """Takes the next token; True when the answer is complete."""
         self.new_tokens += 1
-        if token in self._end_tokens:
+        guide = self.guide
+        if token in self._end_tokens if guide is None else not guide.goes_on_with(token):
             self.finish_reason = "stop"
             return True
         self.ids.append(token)
-        if self._stop and self._reached_stop():
+        if guide is not None and guide.take(token):
             self.finish_reason = "stop"
-        elif self.new_tokens >= self._max_tokens:
+        elif self._stop and self._reached_stop():
+            self.finish_reason = "stop"
+        elif self.new_tokens >= self.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason is not None
 
@@ -60,9 +70,20 @@ class Answer:
         """The beginning of `text` that no later token can change."""
         if self.finish_reason is not None:
             return self.text
+        return self._sure.strip()
+
+    @property
+    def settled_tokens(self) -> int:
+        """How many tokens have all of their text in `settled`, or in the blanks around it."""
+        if self.finish_reason is not None:
+            return len(self.ids)
+        return self._reader.tokens_within(len(self._sure))
+
+    @property
+    def _sure(self) -> str:
         text = self._reader.read(self.ids)
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        return text[: len(text) - held].strip()
+        return text[: len(text) - held]
 
     def _reached_stop(self) -> bool:
         known = len(self._reader.text)
@@ -81,6 +102,9 @@ class _Reader:
         self._start = 0
         self._end = 0
         self.text = ""
+        # After each step of whole characters: the tokens read, and the length of their text.
+        self._tokens = [0]
+        self._lengths = [0]
 
     def read(self, ids: Sequence[int]) -> str:
         """The text of all whole characters; `ids` may only grow from call to call."""
@@ -90,7 +114,13 @@ class _Reader:
             if fresh and not fresh.endswith(_BROKEN):
                 self.text += fresh
                 self._start, self._end = self._end, self._seen
+                self._tokens.append(self._seen)
+                self._lengths.append(len(self.text))
         return self.text
+
+    def tokens_within(self, length: int) -> int:
+        """How many tokens the first `length` characters of the text hold whole."""
+        return self._tokens[bisect_right(self._lengths, length) - 1]
 
     def rest(self, ids: Sequence[int]) -> str:
         """What stands behind the whole characters once the last token is there."""

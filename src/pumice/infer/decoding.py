@@ -73,13 +73,26 @@ class Running:
 
 def say(rows: Sequence[Row], logits: torch.Tensor) -> None:
     """float[B, V] -> the next token of each row, chosen by its own settings."""
-    tokens = choose(logits, [row.sampler for row in rows])
+    tokens = choose(_allowed(rows, logits), [row.sampler for row in rows])
     for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
         wanted = row.request.sampling.top_logprobs
         if wanted is not None:
             row.logprobs.append(_logprobs(logits[place], token, wanted))
         row.last = token
         row.answer.push(token)
+
+
+def _allowed(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    """float[B, V] -> float[B, V]: without the tokens that lead to none of a row's choices."""
+    guided = [(place, row.answer.guide) for place, row in enumerate(rows) if row.answer.guide]
+    if not guided:
+        return logits
+    left = logits.clone()
+    for place, guide in guided:
+        tokens = guide.allowed
+        left[place] = float("-inf")
+        left[place, tokens] = logits[place, tokens]
+    return left
 
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> Chosen:

@@ -17,6 +17,7 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
+from pumice.infer.choices import Guide, choice_ids
 from pumice.infer.decoder import Decoder
 from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown
 from pumice.infer.plain_decoder import best_decoder
@@ -166,22 +167,38 @@ class Engine:
                 f"them for {encoded.num_images} images), and the language model reads at most "
                 f"{limit}, the answer among them. Shorten the text, or give fewer images."
             )
-        sampling = request.sampling
-        new_tokens = min(sampling.max_new_tokens, limit - len(prompt))
-        answer = Answer(
-            self.processor.decode,
-            end_tokens=self.processor.end_token_ids,
-            stop=(*self.processor.stop_strings, *sampling.stop),
-            max_tokens=new_tokens,
-        )
+        new_tokens = min(request.sampling.max_new_tokens, limit - len(prompt))
+        answer = self._answer(request, new_tokens)
         return Row(
             request=request,
             prompt=prompt,
             spans=self._spans(request, encoded),
-            sampler=Sampler(sampling),
+            sampler=Sampler(request.sampling),
             answer=answer,
-            max_positions=len(prompt) + new_tokens,
+            max_positions=len(prompt) + answer.max_tokens,
         )
+
+    def _answer(self, request: Request, most: int) -> Answer:
+        """An answer of at most `most` tokens, or one of the request's choices."""
+        processor, sampling = self.processor, request.sampling
+        if not sampling.choices:
+            return Answer(
+                processor.decode,
+                end_tokens=processor.end_token_ids,
+                stop=(*processor.stop_strings, *sampling.stop),
+                max_tokens=most,
+            )
+        where, ends = name_of(request), processor.closing_token_ids
+        choices = choice_ids(processor, request.messages, sampling.choices, where)
+        longest = max(map(len, choices))
+        if longest > most:
+            raise PumiceError(
+                f"{where}: the longest choice has {longest} tokens, and the answer may have at "
+                f"most {most}. Raise max_new_tokens, or shorten the choices."
+            )
+        # A choice may hold what would stop a free answer, so nothing but its end stops it.
+        guide = Guide(choices, ends)
+        return Answer(processor.decode, end_tokens=ends, stop=(), max_tokens=longest, guide=guide)
 
     def open_images(self, row: Row) -> dict[Key, Opened]:
         """The images of a row whose features are not there yet, decoded and prepared.

@@ -136,8 +136,10 @@ def _question(text: str, images: Sequence[ImageLike], sampling: dict[str, Any]) 
             raise PumiceError(
                 f"sampling {name!r} is unknown; known: {', '.join(known)}.{suggest(name, known)}"
             )
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = (sampling["stop"],)
+    for name in ("stop", "choices"):
+        if name in sampling:
+            given = sampling[name]
+            sampling[name] = (given,) if isinstance(given, str) else tuple(given or ())
     return Request((user(text, *_images(images)),), Sampling(**sampling))
 
 

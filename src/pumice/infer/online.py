@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pumice.core.errors import PumiceError
-from pumice.core.types import Request, Result
+from pumice.core.types import Request, Result, TokenLogprob
+from pumice.infer.answer import Decode
 from pumice.infer.engine import Engine
 from pumice.infer.features import Key, Opened
 from pumice.infer.rows import Row
@@ -32,7 +33,20 @@ from pumice.models.modes import evaluating
 
 log = logging.getLogger(__name__)
 
-Event = str | Result
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some of an answer: whole characters, and the tokens that end in them.
+
+    `logprobs` are there where the request asks for them; those of all pieces together are the
+    result's. A last piece may have tokens and no text: a stop string leaves none.
+    """
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+Event = Piece | Result
 
 
 class BusyError(PumiceError):
@@ -74,17 +88,20 @@ class Counters:
 class Handle:
     """One request on its way. Pieces are whole characters; together they are the result's text.
 
-    Iterate it once, in a thread or with `async for`; an error is raised when the pieces end.
+    Iterate it once: its texts in a thread, or its `pieces` with `async for`. An error is raised
+    when the pieces end.
     """
 
-    def __init__(self, row: Row, wake: Callable[[], None]) -> None:
+    def __init__(self, row: Row, decode: Decode, wake: Callable[[], None]) -> None:
         self._row = row
+        self._decode = decode
         self._wake = wake
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listener: Callable[[], None] | None = None
         self._done = threading.Event()
         self._result: Result | None = None
         self._told = 0
+        self._told_tokens = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -112,9 +129,11 @@ class Handle:
             if isinstance(event, Result):
                 _raise_error(event)
                 return
-            yield event
+            if event.text:
+                yield event.text
 
-    async def __aiter__(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Every piece as it comes."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         self._listener = lambda: _call_in(loop, arrived.set)
         while True:
@@ -139,15 +158,24 @@ class Handle:
 
     def _speak(self) -> None:
         """Passes on what can no longer change of the answer."""
-        settled = self._row.answer.settled
+        answer = self._row.answer
+        settled = answer.settled
         if len(settled) > self._told:
-            self._tell(settled[self._told :])
-            self._told = len(settled)
+            self._tell(self._piece(settled, answer.settled_tokens))
 
     def _end(self, result: Result) -> None:
-        if result.error is None and len(result.text) > self._told:
-            self._tell(result.text[self._told :])
+        if result.error is None:
+            last = self._piece(result.text, len(self._row.answer.ids))
+            if last.text or last.logprobs:
+                self._tell(last)
         self._tell(result)
+
+    def _piece(self, text: str, tokens: int) -> Piece:
+        """What `text` and its first `tokens` tokens have beyond what was told."""
+        logprobs = self._row.told(self._decode, self._told_tokens, tokens)
+        piece = Piece(text[self._told :], logprobs)
+        self._told, self._told_tokens = len(text), tokens
+        return piece
 
 
 class Online:
@@ -200,7 +228,7 @@ class Online:
                 f"are held. Shorten it, or ask for fewer new tokens."
             )
         opened = self._engine.open_images(row)
-        handle = Handle(row, self._notify)
+        handle = Handle(row, self._engine.processor.decode, self._notify)
         with self._changed:
             self._check_room(row.max_positions)
             self._handles[row] = handle

@@ -76,10 +76,13 @@ class RemoteModel:
         if not _is_text(reply.text):
             cut = "the reply holds half a character (a lone surrogate), which is no text"
             return Result(id=request.id, error=f"the endpoint: {cut}")
+        # As answers of a model here: LLaVA strips what it decodes.
+        text = reply.text.strip()
+        if wrong := not_chosen(request, text):
+            return Result(id=request.id, error=f"the endpoint: {wrong}")
         return Result(
             id=request.id,
-            # As answers of a model here: LLaVA strips what it decodes.
-            text=reply.text.strip(),
+            text=text,
             finish_reason="length" if reply.finish_reason == "length" else "stop",
             prompt_tokens=reply.prompt_tokens,
             new_tokens=reply.completion_tokens,
@@ -190,11 +193,24 @@ def _squared(part: Part) -> Part:
 def _options(sampling: Sampling) -> dict[str, Any]:
     """What differs from a server's own defaults; greedy requests need none of it."""
     options: dict[str, Any] = {"stop": list(sampling.stop)} if sampling.stop else {}
+    if sampling.choices:
+        options["structured_outputs"] = {"choice": list(sampling.choices)}
     if sampling.temperature > 0:
         options["seed"] = sampling.seed
         options |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
         options |= {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
     return options
+
+
+def not_chosen(request: Request, text: str) -> str | None:
+    """What is wrong with an answer that should be one of the choices; None for nothing."""
+    choices = request.sampling.choices
+    if not choices or text in choices:
+        return None
+    return (
+        f"the answer {text[:80]!r} is none of the {len(choices)} choices; it does not know "
+        f"structured_outputs, by which they are sent"
+    )
 
 
 def _is_text(text: str) -> bool:

@@ -10,7 +10,7 @@ import httpx2
 
 from pumice.core.errors import PumiceError
 from pumice.core.types import FinishReason, Request, Result
-from pumice.infer.remote import RemoteModel
+from pumice.infer.remote import RemoteModel, not_chosen
 
 _DATA = "data:"
 
@@ -42,6 +42,8 @@ def stream_remote(model: RemoteModel, request: Request) -> Generator[str, None, 
                 used = event.get("usage") or used
     except httpx2.TransportError as error:
         raise PumiceError(f"the connection to {url} failed: {error!r}.") from error
+    if wrong := not_chosen(request, text.strip()):
+        raise PumiceError(f"{url}: {wrong}.")
     reason: FinishReason = "length" if finish == "length" else "stop"
     return Result(
         text=text.strip(),

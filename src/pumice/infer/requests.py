@@ -18,8 +18,10 @@ _ROLES = ("system", "user", "assistant")
 _SAMPLING_NAMES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
+    "guided_choice": "choices",
     **{field.name: field.name for field in fields(Sampling)},
 }
+_LISTS = ("stop", "choices")
 
 
 def read_request(
@@ -148,10 +150,10 @@ def _sampling(row: Mapping[str, Any], sampling: Sampling, where: str) -> Samplin
         value = row.get(name)
         if value is None:
             continue
-        if ours == "stop":
+        if ours in _LISTS:
             texts = [value] if isinstance(value, str) else value
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise _error(where, f"stop is {value!r}; a string or a list of them is needed")
+                raise _error(where, f"{name} is {value!r}; a string or a list of them is needed")
             given[ours] = tuple(texts)
             continue
         real = ours in ("temperature", "top_p")

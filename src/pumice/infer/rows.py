@@ -100,10 +100,11 @@ class Row:
             image_tokens=self.prompt.count(IMAGE_ID),
             new_tokens=self.answer.new_tokens,
             cached_tokens=self.reused,
-            logprobs=self._told(decode) if wanted else None,
+            logprobs=self.told(decode, 0, len(self.answer.ids)) if wanted else None,
         )
 
-    def _told(self, decode: Decode) -> tuple[TokenLogprob, ...]:
+    def told(self, decode: Decode, first: int, last: int) -> tuple[TokenLogprob, ...]:
+        """The log probabilities of the tokens `first` to `last`; none where none are wanted."""
         return tuple(
             TokenLogprob(
                 token,
@@ -111,7 +112,7 @@ class Row:
                 logprob,
                 tuple((other, decode([other]), value) for other, value in top),
             )
-            for token, logprob, top in self.logprobs[: len(self.answer.ids)]
+            for token, logprob, top in self.logprobs[first:last]
         )
 
 

@@ -47,6 +47,7 @@ def check_sampling(sampling: Sampling) -> None:
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1 (1: no limit)"),
         ("top_k", sampling.top_k >= 0, "a whole number from 0 (0: no limit)"),
         ("stop", all(sampling.stop), "strings that are not empty"),
+        ("stop", not (sampling.stop and sampling.choices), "none beside choices"),
         (
             "top_logprobs",
             sampling.top_logprobs is None or sampling.top_logprobs >= 0,

@@ -124,6 +124,13 @@ class Processor:
         return tuple(dict.fromkeys(index for index in ids if index is not None))
 
     @property
+    def closing_token_ids(self) -> tuple[int, ...]:
+        """What may follow a whole answer: end tokens, and the first of texts in their place."""
+        texts = (self.template.after_answer, *self.stop_strings)
+        first = [self._text.after_text("a", text)[0] for text in texts if text]
+        return tuple(dict.fromkeys([*self.end_token_ids, *first]))
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """Texts that end an answer, for templates without an end token."""
         return self.template.stop
@@ -172,6 +179,14 @@ class Processor:
         )
         encoded.labels = [IGNORE] * len(encoded.input_ids)
         return encoded
+
+    def answer_ids(self, messages: Sequence[Message], text: str, where: str = "") -> list[int]:
+        """The ids of an answer to these messages as it would be learnt, without what closes it."""
+        prompt = self.template.segments(
+            messages, open_turn=True, system=self.system, where=where or "the prompt"
+        )
+        answer = Segment("text", f"{self.template.before_answer}{text}", learn=True)
+        return self._piece(answer, prompt[-1], where)
 
     def load_image(self, image: ImagePart, where: str = "") -> tuple[torch.Tensor, tuple[int, int]]:
         """One image opened and prepared -> float[V, 3, S, S], its views, and width and height."""

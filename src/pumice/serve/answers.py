@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
 
 from fastapi import Request
 
 from pumice.core.errors import PumiceError
 from pumice.core.types import Result
-from pumice.infer.online import Handle
-from pumice.serve.errors import ApiError
+from pumice.infer.online import Handle, Piece
+from pumice.serve.errors import ApiError, event
 from pumice.serve.replies import Reply, logprobs
 
 # How often a request without stream looks whether its client is still there.
@@ -54,11 +52,11 @@ async def streamed(
     ended: Callable[[], None],
 ) -> AsyncIterator[str]:
     """Server-sent events of all choices; an error is an event, after which nothing comes."""
-    events: asyncio.Queue[tuple[int, str | Result]] = asyncio.Queue()
+    events: asyncio.Queue[tuple[int, Piece | Result]] = asyncio.Queue()
 
     async def listen(index: int, handle: Handle) -> None:
         with suppress(PumiceError):  # it stands in the result as well
-            async for piece in handle:
+            async for piece in handle.pieces():
                 await events.put((index, piece))
         await events.put((index, handle.result(_MOMENT)))
 
@@ -72,11 +70,12 @@ async def streamed(
             left = deadline - asyncio.get_running_loop().time()
             index, told = await asyncio.wait_for(events.get(), max(0.0, left))
             first_piece()
-            if isinstance(told, str):
-                yield event(reply.chunk(index, {"content": told}))
+            if isinstance(told, Piece):
+                delta = {"content": told.text}
+                yield event(reply.chunk(index, delta, told=logprobs(told.logprobs or None)))
                 continue
             results[index] = _sound(told)
-            yield event(reply.chunk(index, {}, told.finish_reason, logprobs(told)))
+            yield event(reply.chunk(index, {}, told.finish_reason))
         if with_usage:
             yield event(reply.usage_chunk([results[index] for index in range(len(handles))]))
         yield "data: [DONE]\n\n"
@@ -92,11 +91,6 @@ async def streamed(
             task.cancel()
 
 
-def event(data: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
 def too_slow(seconds: float) -> ApiError:
     """The answer took longer than a request may."""
     return ApiError(
@@ -108,7 +102,7 @@ def too_slow(seconds: float) -> ApiError:
 
 async def _finished(handle: Handle) -> Result:
     with suppress(PumiceError):  # it stands in the result as well
-        async for _ in handle:
+        async for _ in handle.pieces():
             pass
     return handle.result(_MOMENT)
 

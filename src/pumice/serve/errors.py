@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import Request
@@ -19,6 +20,7 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "server_error",
     504: "timeout_error",
 }
@@ -66,6 +68,11 @@ class ApiError(Exception):
         again = self.status in (429, 503)
         headers = {"Retry-After": str(self.retry_after)} if again else None
         return JSONResponse(self.body(), self.status, headers)
+
+
+def event(data: dict[str, Any]) -> str:
+    """One server-sent event, an error or a piece of an answer."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 async def answer_api_error(request: Request, error: Exception) -> JSONResponse:

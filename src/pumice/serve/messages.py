@@ -20,10 +20,14 @@ class _Strict(BaseModel):
 
 
 class ImageUrl(_Strict):
-    """Where an image is: a data URI, or a web address where the server fetches any."""
+    """Where an image is: a data URI, or a web address where the server fetches any.
+
+    `auto` and `high` show it as the recipe does, which is all that the model can see; `low` asks
+    for one view, so it is refused where the recipe cuts tiles.
+    """
 
     url: str
-    detail: Literal["auto"] | None = None
+    detail: Literal["auto", "low", "high"] | None = None
 
 
 class TextPart(_Strict):

@@ -21,8 +21,10 @@ class Read(NamedTuple):
     pixels: int
 
 
-def read_messages(messages: list[ChatMessage], limits: Limits) -> Read:
+def read_messages(messages: list[ChatMessage], limits: Limits, *, tiled: bool) -> Read:
     """OpenAI chat messages -> ours; DataError for what is wrong in them or over a limit.
+
+    `tiled` says whether the model sees images in tiles, so that `detail: low` would be another.
 
     May fetch images (from allowed hosts), so it is not for the event loop.
     """
@@ -38,6 +40,11 @@ def read_messages(messages: list[ChatMessage], limits: Limits) -> Read:
             f"fewer."
         )
     for image in images:
+        if tiled and image.detail == "low":
+            raise DataError(
+                "an image has detail 'low'; this model was trained on tiles and is shown all of "
+                "them. Leave detail out, or shrink the image: fewer tiles are cut from it."
+            )
         _fetch(image, limits)
     read = chat_messages([_row(message) for message in messages], images_dir=None)
     _check_texts(read)

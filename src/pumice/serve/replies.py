@@ -19,7 +19,7 @@ class Reply:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": logprobs(result),
+                "logprobs": logprobs(result.logprobs),
                 "finish_reason": result.finish_reason,
             }
             for index, result in enumerate(results)
@@ -59,11 +59,11 @@ def usage(results: list[Result]) -> dict[str, Any]:
     }
 
 
-def logprobs(result: Result) -> dict[str, Any] | None:
+def logprobs(tokens: tuple[TokenLogprob, ...] | None) -> dict[str, Any] | None:
     """OpenAI's logprobs object; None when none were asked for."""
-    if result.logprobs is None:
+    if tokens is None:
         return None
-    return {"content": [_token(entry) for entry in result.logprobs], "refusal": None}
+    return {"content": [_token(entry) for entry in tokens], "refusal": None}
 
 
 def _token(entry: TokenLogprob) -> dict[str, Any]:

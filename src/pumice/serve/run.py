@@ -5,14 +5,24 @@ from __future__ import annotations
 import asyncio
 import socket
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from fastapi import FastAPI
 
 from pumice.core.errors import PumiceError
-from pumice.serve.server import Server
 
 # What is written already when the engine has ended may take this long to reach the clients.
 _LAST_BYTES = 5
+
+
+class Served(Protocol):
+    """What is answered with."""
+
+    app: FastAPI
+
+    async def stop(self) -> None:
+        """Takes nothing new and lets what is on its way end."""
 
 
 class Stopping(uvicorn.Server):
@@ -21,7 +31,7 @@ class Stopping(uvicorn.Server):
     A second signal ends at once.
     """
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Served) -> None:
         super().__init__(config)
         self._server = server
         self._asked = False
@@ -55,7 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def run(server: Server, listener: socket.socket) -> None:
+def run(server: Served, listener: socket.socket) -> None:
     """Answers until a signal comes, and then until the requests on their way are answered."""
     config = uvicorn.Config(
         server.app, log_level="warning", timeout_graceful_shutdown=_LAST_BYTES, lifespan="on"

@@ -17,6 +17,9 @@ MAX_CHOICES = 8
 # Each of them is looked for at every token.
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 MAX_STOPS = 16
+# The tokens of each are looked up when its request comes.
+Choice = Annotated[str, Field(min_length=1, max_length=1000)]
+Choices = Annotated[list[Choice], Field(min_length=1, max_length=256)]
 # What OpenAI's clients may send although it changes no answer here.
 _HARMLESS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -39,6 +42,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_INSTEAD = {
+    "response_format": 'for an answer out of a list give structured_outputs: {"choice": [...]}',
+}
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside the text."""
 
@@ -46,10 +54,18 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class StructuredOutputs(BaseModel):
+    """What an answer must be, as vLLM has it: here one of a list."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    choice: Choices
+
+
 class ChatRequest(BaseModel):
     """The body of POST /v1/chat/completions.
 
     Temperature 0, the default, is greedy. Without a seed, drawn answers differ from call to call.
+    `structured_outputs.choice`, or `guided_choice`, is a list that the answer is one of.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -67,6 +83,8 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    structured_outputs: StructuredOutputs | None = None
+    guided_choice: Choices | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +93,8 @@ class ChatRequest(BaseModel):
             return data
         for name, neutral in _NEUTRAL.items():
             if name in data and data[name] not in neutral:
-                raise ValueError(f"{name} is not supported here; leave it out")
+                instead = _INSTEAD.get(name, "leave it out")
+                raise ValueError(f"{name} is not supported here; {instead}")
         return {
             name: value
             for name, value in data.items()
@@ -90,7 +109,17 @@ class ChatRequest(BaseModel):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.structured_outputs and self.guided_choice:
+            raise ValueError("structured_outputs and guided_choice are both given; give one")
+        if self.choices and self.stop:
+            raise ValueError("stop ends no answer that is one of a list of choices; leave it out")
         return self
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What the answer is one of; () for any answer."""
+        given = self.structured_outputs.choice if self.structured_outputs else self.guided_choice
+        return tuple(given or ())
 
     def sampling(self, most_tokens: int) -> Sampling:
         """As the engine takes it; without a limit of its own the answer has the server's."""
@@ -104,4 +133,5 @@ class ChatRequest(BaseModel):
             seed=secrets.randbits(32) if self.seed is None else self.seed,
             stop=stop,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            choices=self.choices,
         )

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter
@@ -24,7 +23,6 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from pumice.core.errors import PumiceError
@@ -32,7 +30,6 @@ from pumice.core.types import Message, Sampling
 from pumice.core.types import Request as Question
 from pumice.infer.model import Model
 from pumice.infer.online import BusyError, Handle, Online
-from pumice.processing.response_formats import FORMATS
 from pumice.serve.answers import ClientGone, streamed, whole_answers
 from pumice.serve.errors import (
     RETRY_AFTER,
@@ -45,6 +42,7 @@ from pumice.serve.errors import (
 from pumice.serve.guard import Guard
 from pumice.serve.limits import Limits
 from pumice.serve.metrics import Metrics
+from pumice.serve.page import add_page, settings
 from pumice.serve.pictures import read_messages
 from pumice.serve.replies import Reply
 from pumice.serve.schema import ChatRequest
@@ -52,14 +50,7 @@ from pumice.serve.schema import ChatRequest
 log = logging.getLogger(__name__)
 
 VERSION = metadata.version("pumice")
-WEB = Path(__file__).parent / "web"
-# The page loads nothing from elsewhere, and nobody may put it into a frame.
-_PAGE_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
-)
 _CLIENT_GONE = 499
-# The response formats that the page offers beside none.
-PAGE_FORMATS = ("short", "letter", "detailed")
 Side = Annotated[int, Query(ge=1, le=1_000_000)]
 # Threads that check requests and decode their images; each may hold one large picture's pixels.
 _READERS = 8
@@ -164,11 +155,7 @@ class Server:
 
     def page_settings(self) -> dict[str, Any]:
         """GET /page/settings: what the page must know of this server."""
-        return {
-            "model": self.name,
-            "max_new_tokens": self.limits.max_new_tokens,
-            "formats": {"": "", **{name: FORMATS[name] for name in PAGE_FORMATS}},
-        }
+        return settings(self.name, self.limits.max_new_tokens)
 
     def image_plan(self, width: Side, height: Side) -> dict[str, Any]:
         """GET /page/image-plan: what becomes of a picture of this size; the page draws it.
@@ -188,7 +175,8 @@ class Server:
         """Checks and queues every choice, or none of them."""
         handles: list[Handle] = []
         try:
-            messages, pixels = read_messages(body.messages, self.limits)
+            tiled = self.model.processor.image_spec.tiling is not None
+            messages, pixels = read_messages(body.messages, self.limits, tiled=tiled)
             sampling = body.sampling(self.limits.max_new_tokens)
             if sampling.max_new_tokens > self.limits.max_new_tokens:
                 raise ApiError(
@@ -254,8 +242,7 @@ class Server:
         add("/metrics", self._metrics, methods=["GET"], response_class=PlainTextResponse)
         add("/page/settings", self.page_settings, methods=["GET"])
         add("/page/image-plan", self.image_plan, methods=["GET"])
-        add("/", _page, methods=["GET"], include_in_schema=False)
-        app.mount("/page", StaticFiles(directory=WEB), name="page")
+        add_page(app)
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(HTTPException, answer_http_error)
         app.add_exception_handler(RequestValidationError, answer_invalid)
@@ -282,13 +269,6 @@ def _choices(messages: tuple[Message, ...], sampling: Sampling, count: int) -> l
     return [
         Question(messages, replace(sampling, seed=sampling.seed + index)) for index in range(count)
     ]
-
-
-def _page() -> Response:
-    """GET /: one page to try the model."""
-    text = (WEB / "index.html").read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
-    return Response(text, media_type="text/html; charset=utf-8", headers=headers)
 
 
 async def _answer_fault(request: Request, error: Exception) -> JSONResponse:

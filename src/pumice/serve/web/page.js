@@ -19,6 +19,7 @@ function headers() {
 
 function body(messages, stream = true) {
   return {
+    ...(settings.model && { model: settings.model }),
     messages,
     max_tokens: Number($("length").value),
     temperature: Number($("temperature").value),
@@ -29,13 +30,15 @@ function body(messages, stream = true) {
 
 async function failure(response) {
   try {
-    return (await response.json()).error.message;
+    const told = await response.json();
+    return told.error?.message ?? told.message ?? told.detail ?? JSON.stringify(told);
   } catch {
     return `the server answered with HTTP ${response.status}`;
   }
 }
 
-// The JSON objects of a stream of server-sent events; a stream without its end is an error.
+// The JSON objects of a stream of server-sent events; a stream without its end is an error. Other
+// servers end lines with two signs, and send comments to keep the connection.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -43,10 +46,11 @@ async function* events(response) {
     const { value, done } = await reader.read();
     if (done) throw new Error("the answer broke off: the connection was closed");
     text += value;
-    const parts = text.split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+    const lines = text.split(/\r?\n/);
+    text = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       yield JSON.parse(data);
     }
@@ -65,10 +69,10 @@ async function answer(messages, bubble) {
     const response = await post(messages, running.signal);
     if (!response.ok) throw new Error(await failure(response));
     for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      text += event.choices[0]?.delta.content ?? "";
+      if (event.error) throw new Error(event.error.message ?? JSON.stringify(event.error));
+      text += event.choices?.[0]?.delta?.content ?? "";
       usage = event.usage ?? usage;
-      finish = event.choices[0]?.finish_reason ?? finish;
+      finish = event.choices?.[0]?.finish_reason ?? finish;
       bubble.firstChild.data = text;
       follow();
     }

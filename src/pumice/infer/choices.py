@@ -1,0 +1,74 @@
+"""Answers that must be one of a list: which tokens may come next so that one of them results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pumice.core.errors import PumiceError
+from pumice.core.types import Message
+
+if TYPE_CHECKING:
+    from pumice.processing.processor import Processor
+
+# Stands in a node's children where a choice ends; no token has this id.
+_END = -1
+
+_Node = dict[int, "_Node"]
+
+
+class Guide:
+    """A walk down the tree of the choices' tokens, one step for each token of the answer.
+
+    `ends` are the tokens that close an answer. They are chosen among only where one choice is the
+    beginning of another; elsewhere the answer is over as soon as a choice is complete.
+    """
+
+    def __init__(self, choices: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
+        self._node: _Node = {}
+        self._ends = list(ends)
+        for ids in choices:
+            node = self._node
+            for token in ids:
+                node = node.setdefault(token, {})
+            node[_END] = {}
+
+    @property
+    def allowed(self) -> list[int]:
+        """The tokens that may come next."""
+        tokens = [token for token in self._node if token != _END]
+        return tokens + self._ends if _END in self._node else tokens
+
+    def goes_on_with(self, token: int) -> bool:
+        """Whether a token is the next of a choice; otherwise it is one of `ends`."""
+        return token in self._node
+
+    def take(self, token: int) -> bool:
+        """Follows a token of a choice; True when nothing may follow."""
+        self._node = self._node[token]
+        return list(self._node) == [_END]
+
+
+def choice_ids(
+    processor: Processor, messages: Sequence[Message], choices: Sequence[str], where: str
+) -> list[list[int]]:
+    """The tokens of each choice as an answer to these messages.
+
+    Raises PumiceError for a choice that no answer can be: the text of its tokens is another one.
+    """
+    found = []
+    for choice in dict.fromkeys(choices):
+        if not choice or choice != choice.strip():
+            raise PumiceError(
+                f"{where}: the choice {choice!r} is empty or has blanks around it, which no answer "
+                f"has. Give the bare text."
+            )
+        ids = processor.answer_ids(messages, choice, where)
+        read = processor.decode(ids).strip()
+        if read != choice:
+            raise PumiceError(
+                f"{where}: the model cannot say the choice {choice!r}; its tokens read {read!r}. "
+                f"Write it in letters that the tokenizer keeps."
+            )
+        found.append(ids)
+    return found

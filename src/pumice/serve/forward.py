@@ -1,0 +1,126 @@
+"""The page in front of an endpoint elsewhere, which answers: vLLM, SGLang, or any of OpenAI's kind.
+
+A browser may speak only to where the page came from, so two paths are passed on, as they are. Needs
+no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from pumice.core.llm_client import Endpoint
+from pumice.serve.errors import ApiError, answer_api_error, answer_http_error, event
+from pumice.serve.guard import Guard
+from pumice.serve.limits import Limits
+from pumice.serve.page import add_page, settings
+
+_LOOK = 0.25
+_CLIENT_GONE = 499
+# What a client of the page must know of an answer.
+_PASSED_ON = ("content-type", "cache-control", "retry-after")
+
+
+class Forwarder:
+    """The page for one model of an endpoint; `app` is what uvicorn runs.
+
+    The endpoint's key stays here: it goes with every request, and without one the client's own
+    does. `api_key` is what clients of the page must send themselves.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, model: str, *, limits: Limits, api_key: str | None = None
+    ) -> None:
+        self.url = endpoint.url.rstrip("/")
+        self.model = model
+        self.limits = limits
+        self._key = endpoint.api_key
+        self._http = httpx2.AsyncClient(timeout=endpoint.timeout)
+        self.app = self._app(api_key)
+
+    async def stop(self) -> None:
+        """Nothing waits here: answers on their way end with their connections."""
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions: the endpoint's answer, piece by piece."""
+        # A page of another site can send a form, but not JSON; it must not spend the key.
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            raise ApiError(400, "send JSON, with Content-Type: application/json.")
+        return await self._pass_on("chat/completions", request, await request.body())
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models: the endpoint's own."""
+        return await self._pass_on("models", request, b"")
+
+    def page_settings(self) -> dict[str, Any]:
+        """GET /page/settings."""
+        return settings(self.model, self.limits.max_new_tokens)
+
+    def image_plan(self) -> None:
+        """GET /page/image-plan: null, since only the endpoint knows what becomes of a picture."""
+
+    async def _pass_on(self, path: str, request: Request, body: bytes) -> Response:
+        given = request.headers.get("authorization")
+        key = f"Bearer {self._key}" if self._key else given
+        call = self._http.build_request(
+            request.method,
+            f"{self.url}/{path}",
+            content=body,
+            headers={"Content-Type": "application/json", **({"Authorization": key} if key else {})},
+        )
+        sending = asyncio.create_task(self._http.send(call, stream=True))
+        try:
+            while not (await asyncio.wait({sending}, timeout=_LOOK))[0]:
+                if await request.is_disconnected():
+                    return Response(status_code=_CLIENT_GONE)
+            answer = sending.result()
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        finally:
+            sending.cancel()  # by which the endpoint knows that nobody listens
+        headers = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
+        return StreamingResponse(self._pieces(answer), answer.status_code, headers)
+
+    async def _pieces(self, answer: httpx2.Response) -> AsyncIterator[bytes]:
+        try:
+            async for piece in answer.aiter_bytes():
+                yield piece
+        except httpx2.TransportError as error:
+            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                raise
+            yield event(self._unreachable(error).body()).encode()
+        finally:
+            # Also when the client is gone.
+            await answer.aclose()
+
+    def _unreachable(self, error: httpx2.TransportError) -> ApiError:
+        return ApiError(502, f"the endpoint {self.url} does not answer: {error!r}.")
+
+    def _app(self, api_key: str | None) -> FastAPI:
+        @asynccontextmanager
+        async def life(app: FastAPI) -> AsyncIterator[None]:
+            yield
+            await self._http.aclose()
+
+        app = FastAPI(title="pumice page", lifespan=life, openapi_url=None)
+        add = app.add_api_route
+        add("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        add("/v1/models", self.models, methods=["GET"], response_model=None)
+        add("/page/settings", self.page_settings, methods=["GET"])
+        add("/page/image-plan", self.image_plan, methods=["GET"])
+        add_page(app)
+        app.add_exception_handler(ApiError, answer_api_error)
+        app.add_exception_handler(HTTPException, answer_http_error)
+        app.add_middleware(Guard, api_key=api_key, limits=self.limits, counted=_uncounted)
+        return app
+
+
+def _uncounted(path: str, status: int, seconds: float) -> None:
+    """The endpoint has numbers of its own."""

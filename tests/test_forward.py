@@ -1,0 +1,141 @@
+"""`pumice page`: the page before an endpoint; what is asked goes there and back unchanged."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import httpx2
+import openai
+import pytest
+
+import tiny
+from conftest import Run
+from pumice.core.llm_client import Endpoint
+from pumice.infer.model import Model
+from pumice.serve.forward import Forwarder
+from pumice.serve.limits import Limits
+from serving import Listening, Running
+
+KEY, THEIRS = "of-the-endpoint", "of-the-page"
+ASKED = {"messages": [{"role": "user", "content": "what is the cat"}], "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def endpoint(folders: SimpleNamespace) -> Iterator[Running]:
+    lmm = tiny.new_lmm(folders.vision, folders.language)
+    model = Model(lmm, tiny.processor_for(lmm, folders.language))
+    running = Running(model, Limits(max_new_tokens=200, drain_seconds=1.0), KEY)
+    yield running
+    running.stop()
+
+
+def forwarder(url: str, key: str | None = KEY, limits: Limits | None = None) -> Listening:
+    given = Endpoint(url=f"{url}/v1", api_key=key)
+    served = Forwarder(given, "pocket", limits=limits or Limits(), api_key=THEIRS if key else None)
+    return Listening(served, THEIRS if key else None)
+
+
+@pytest.fixture(scope="module")
+def page(endpoint: Running) -> Iterator[Listening]:
+    listening = forwarder(endpoint.url)
+    yield listening
+    listening.stop()
+
+
+def test_answers_whole_and_streamed_and_errors_are_the_endpoint_s(
+    page: Listening, endpoint: Running
+) -> None:
+    endpoint.post(**ASKED)  # from here on it knows the prompt
+    for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+        there, here = (one.post(**ASKED, **more) for one in (endpoint, page))
+        assert here.headers["content-type"] == there.headers["content-type"]
+        assert _said(here) == _said(there)
+    assert page.http.get("/v1/models").json() == endpoint.http.get("/v1/models").json()
+    for bad in ({"messages": []}, {**ASKED, "max_tokens": 201}, {**ASKED, "model": "gpt-9"}):
+        there, here = endpoint.post(**bad), page.post(**bad)
+        assert (here.status_code, here.json()) == (there.status_code, there.json())
+        assert here.status_code in (400, 404)
+    client = openai.OpenAI(base_url=f"{page.url}/v1", api_key=THEIRS, max_retries=0)
+    assert [model.id for model in client.models.list()] == ["pocket"]
+
+
+def _said(answer: httpx2.Response) -> list[object]:
+    """The texts of an answer, and its usage; ids and times differ from call to call."""
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    events = [json.loads(line) for line in lines if line != "[DONE]"]
+    return [(event["choices"] and {**event["choices"][0]}, event.get("usage")) for event in events]
+
+
+def test_keys_do_not_travel_further_than_they_must(page: Listening, endpoint: Running) -> None:
+    for path in ("/", "/page/settings", "/page/page.js", "/v1/models"):
+        assert KEY not in page.http.get(path).text
+    stranger = httpx2.Client(base_url=page.url)
+    assert stranger.get("/").status_code == stranger.get("/page/settings").status_code == 200
+    assert stranger.post("/v1/chat/completions", json=ASKED).status_code == 401
+    # A form of another site can be sent without asking; it must not reach the endpoint.
+    key = {"Authorization": f"Bearer {THEIRS}", "Content-Type": "text/plain"}
+    form = stranger.post("/v1/chat/completions", content=json.dumps(ASKED), headers=key)
+    assert form.status_code == 400 and "application/json" in form.json()["error"]["message"]
+    assert page.http.get("/v1/files").status_code == 404
+    # Without a key of its own it sends what the person typed.
+    open_to_all = forwarder(endpoint.url, key=None)
+    try:
+        assert open_to_all.post(**ASKED).json()["error"]["code"] == "invalid_api_key"
+        typed = {"Authorization": f"Bearer {KEY}"}
+        answer = open_to_all.http.post("/v1/chat/completions", json=ASKED, headers=typed)
+        assert answer.status_code == 200
+    finally:
+        open_to_all.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_endpoint(page: Listening, endpoint: Running, stream: bool) -> None:
+    online = endpoint.server.online
+    before, step = online.counters().cancelled, online._scheduler.step
+    online._scheduler.step = lambda: (time.sleep(0.05), step())[1]  # type: ignore[method-assign]
+    asked = {**ASKED, "max_tokens": 200, "temperature": 2.0, "stream": stream}
+    until = time.monotonic() + 20
+    try:
+        if stream:
+            with page.http.stream("POST", "/v1/chat/completions", json=asked) as answer:
+                assert next(answer.iter_lines()).startswith("data: ")
+        else:
+            with pytest.raises(httpx2.ReadTimeout):
+                page.http.post("/v1/chat/completions", json=asked, timeout=0.5)
+        while online.counters().cancelled == before or online.counters().running:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        online._scheduler.step = step  # type: ignore[method-assign]
+
+
+def test_an_endpoint_that_is_gone_is_told(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    listening = forwarder(url)
+    try:
+        gone = listening.post(**ASKED)
+        assert gone.status_code == 502 and "does not answer" in gone.json()["error"]["message"]
+    finally:
+        listening.stop()
+    code, out, err = run("page", "pocket")
+    assert (code, out) == (2, "") and "pumice serve pocket" in err
+
+
+def test_the_command_serves_the_page_without_torch(endpoint: Running) -> None:
+    program = (
+        "import sys\n"
+        "from pumice.serve import run\n"
+        "from pumice.cli.app import main\n"
+        "run.run = lambda served, listener: sys.exit(f'{served.model} {'torch' in sys.modules}')\n"
+        f"main(['page', '{endpoint.url}/v1', '--port', '0'])\n"
+    )
+    env = {"OPENAI_API_KEY": KEY, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, env=env)
+    assert "pocket False" in done.stderr, done.stderr
