@@ -38,7 +38,7 @@ from pumice.models.lmm import LMM
 from pumice.models.packed_attention import attend_to_documents
 from pumice.models.pretrained import config_to_dict
 from pumice.processing.collate import Batch, collate, collate_packed
-from pumice.processing.processor import Encoded
+from pumice.processing.encoded import Encoded
 from pumice.train.adapters import set_trained
 from pumice.train.build import PARTS
 from pumice.train.parallel import SharedModel

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import ImagePart, Message, Sample, TextPart, assistant, user
 from pumice.models.constants import IGNORE, IMAGE_ID
+from pumice.processing.encoded import Encoded
 from pumice.processing.images import ImageSpec
-from pumice.processing.processor import PROCESSOR_FILE, Encoded, Processor
+from pumice.processing.processor import PROCESSOR_FILE, Processor
 from pumice.processing.templates import TEMPLATES
 from pumice.processing.text_encoder import TextEncoder
 from real_files import CHECKPOINTS, needs

@@ -19,7 +19,8 @@ from pumice.models.lora import LoraSpec, add_lora
 from pumice.models.packed_attention import Documents, attend_to_documents, document_attention
 from pumice.models.recompute import block_lists, checkpoint_blocks
 from pumice.processing.collate import Batch, collate, collate_packed
-from pumice.processing.processor import Encoded, Processor
+from pumice.processing.encoded import Encoded
+from pumice.processing.processor import Processor
 from pumice.train.stages import run_stage
 from pumice.world.datasets import make_world
 from stage_specs import align_spec

@@ -21,7 +21,8 @@ from pumice.models.connectors import Instruction
 
 if TYPE_CHECKING:
     from pumice.models.lmm import LMM
-    from pumice.processing.processor import Encoded, Processor
+    from pumice.processing.encoded import Encoded
+    from pumice.processing.processor import Processor
 
 log = get_logger(__name__)
 

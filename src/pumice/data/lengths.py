@@ -22,7 +22,8 @@ from pumice.data.packing import Size
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pumice.processing.processor import Encoded, Processor
+    from pumice.processing.encoded import Encoded
+    from pumice.processing.processor import Processor
 
 log = get_logger(__name__)
 

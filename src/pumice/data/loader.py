@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from pumice.processing.collate import Batch
-    from pumice.processing.processor import Encoded
+    from pumice.processing.encoded import Encoded
 
 log = get_logger(__name__)
 

@@ -30,7 +30,8 @@ from pumice.models.lmm import LMM
 from pumice.models.modes import evaluating
 
 if TYPE_CHECKING:
-    from pumice.processing.processor import Encoded, Processor
+    from pumice.processing.encoded import Encoded
+    from pumice.processing.processor import Processor
 
 # Requests are sorted within windows of so many batches, for neighbours of like length.
 _WINDOW = 16

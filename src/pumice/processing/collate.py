@@ -14,7 +14,7 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.models.connectors import Instruction
 from pumice.models.constants import IGNORE
-from pumice.processing.processor import Encoded
+from pumice.processing.encoded import Encoded
 
 
 @dataclass

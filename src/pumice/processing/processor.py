@@ -10,7 +10,6 @@ Shapes: N = views of all images (an image that is not tiled has one), S = side o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +21,7 @@ from pumice.core.images import image_size, open_image
 from pumice.core.types import ImagePart, Message, Sample
 from pumice.models.constants import IGNORE, IMAGE_ID
 from pumice.models.tiling import ImagePlan, plan_image
+from pumice.processing.encoded import Encoded
 from pumice.processing.images import ImageSpec, preprocess
 from pumice.processing.own_template import find_template
 from pumice.processing.processor_file import (
@@ -41,31 +41,6 @@ if TYPE_CHECKING:
 
 # Marks, spaces, line breaks, several scripts, and spellings of special tokens.
 _CHECK_TEXT = " Yes:  a cat,\n\n3.14 naïve 猫 고양이 😀 </s> <image>"
-
-
-@dataclass
-class Encoded:
-    """One conversation ready for a batch: `pixel_values` float[N, 3, S, S], lists of one length.
-
-    `labels` hold the id itself where it is learnt and IGNORE elsewhere; `input_ids` hold IMAGE_ID
-    once for every image token. `image_sizes` are width and height of each upright image and
-    `grids` its tiles (columns, rows), both empty where images were not opened and need not be.
-    `instructions` are the ids of what is asked of each image, for connectors that read it.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    pixel_values: torch.Tensor
-    num_images: int
-    sample_id: str = ""
-    image_sizes: list[tuple[int, int]] = field(default_factory=list)
-    grids: list[tuple[int, int]] = field(default_factory=list)
-    instructions: list[list[int]] = field(default_factory=list)
-
-    @property
-    def num_supervised(self) -> int:
-        """How many tokens are learnt."""
-        return len(self.labels) - self.labels.count(IGNORE)
 
 
 class Processor:

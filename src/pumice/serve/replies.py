@@ -72,4 +72,6 @@ def _token(entry: TokenLogprob) -> dict[str, Any]:
 
 
 def _named(text: str, value: float) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+    # Of a part of a character the bytes are not known, which the API says by null.
+    whole = "\N{REPLACEMENT CHARACTER}" not in text
+    return {"token": text, "logprob": value, "bytes": list(text.encode()) if whole else None}
