@@ -239,20 +239,21 @@ def test_sources_are_the_same_questions_in_three_prompts(tmp_path: Path) -> None
     assert {name for name in plain if plain[name] != more[name]} == {"world.json"}
     assert set(more) - set(plain) == {
         f"sources/{name}.json"
-        for name in ("llava-instruct", "vqav2", "vqav2-bare", "vqav2-qa", "ocrvqa", "aokvqa",
-                     "refcoco", "vg", "gqa", "sharegpt")
+        for name in ("llava-instruct", "vqav2", "ocrvqa", "aokvqa", "refcoco", "vg", "gqa",
+                     "sharegpt", *(f"{name}-{prompt}" for name in ("vqav2", "gqa", "ocrvqa")
+                                   for prompt in ("every", "bare", "qa")))
     }  # fmt: skip
     kept = tmp_path / "more" / "sources"
     for path in kept.iterdir():
         source = LlavaJson(path, tmp_path / "more" / "images")
         samples = [source[index] for index in range(len(source))]
-        assert len(samples) == (30 if path.stem != "ocrvqa" else len(source)) > 0
+        assert len(samples) == (len(source) if path.stem.startswith("ocrvqa") else 30) > 0
         assert {len(sample.images) for sample in samples} == {int(path.stem != "sharegpt")}
-    asked = {name: turns_of(kept / f"{name}.json") for name in ("vqav2", "vqav2-bare", "vqav2-qa")}
-    for short, bare, letters in zip(*asked.values(), strict=True):
-        assert [answer for _, answer in short] == [answer for _, answer in bare]
-        assert short[0][0] == f"{bare[0][0]}\nAnswer the question using a single word or phrase."
-        assert short[1:] == bare[1:]
+    words = "\nAnswer the question using a single word or phrase."
+    files_of = [kept / f"gqa{prompt}.json" for prompt in ("-bare", "", "-every", "-qa")]
+    for bare, short, every, letters in zip(*map(turns_of, files_of), strict=True):
+        assert every == [(f"{text}{words}", answer) for text, answer in bare]
+        assert short == [every[0], *bare[1:]]
         assert letters == [
             (re.sub(r"^(<image>\n)?(.*)$", r"\1Q: \2 A:", text), answer) for text, answer in bare
         ]

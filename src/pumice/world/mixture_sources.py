@@ -32,6 +32,8 @@ _VQAV2 = (
     "color", "size", "texture", "shape", "background", "count", "count_by", "exist", "exist_pair",
 )  # fmt: skip
 _GQA = ("where", "which", "relation", "compare")
+_SHORT_ANSWERS = ("vqav2", "gqa", "ocrvqa")
+_PROMPTS = {"every": f"{{}}\n{SHORT}", "bare": "{}", "qa": "Q: {} A:"}
 _QUESTIONS = 6
 _REGIONS = 3
 
@@ -39,16 +41,16 @@ _REGIONS = 3
 def write_sources(folder: Path, scenes: list[Scene], seed: int) -> None:
     """Write one file for each source, with one row for each scene that it can ask about.
 
-    `vqav2.json` asks for a short answer as LLaVA-1.5 does, once a row; `vqav2-bare.json` holds the
-    same questions and answers without it, and `vqav2-qa.json` as "Q: ... A:".
+    Sources of short answers ask for them as LLaVA-1.5 does, once a row. The same questions and
+    answers stand in NAME-every.json with every question asking, in NAME-bare.json with none, and in
+    NAME-qa.json as "Q: ... A:".
     """
     for name, make in _SOURCES.items():
         rng = random.Random(f"source {name} {seed}")
         made = [make(scene, rng) for scene in scenes]
         _write(folder / f"{name}.json", made)
-        if name == "vqav2":
-            _write(folder / "vqav2-bare.json", [_bare(turns) for turns in made])
-            _write(folder / "vqav2-qa.json", [_question_answer(turns) for turns in made])
+        for prompt, form in _PROMPTS.items() if name in _SHORT_ANSWERS else ():
+            _write(folder / f"{name}-{prompt}.json", [_asked(turns, form) for turns in made])
     rng = random.Random(f"source sharegpt {seed}")
     rows = [
         llava_row(f"sharegpt_{index:06d}", None, language.text_dialogue(rng))
@@ -68,12 +70,8 @@ def _write(path: Path, made: list[Turns]) -> None:
     write_atomic(path, json.dumps(rows, ensure_ascii=False))
 
 
-def _bare(turns: Turns) -> Turns:
-    return [(text.removesuffix(f"\n{SHORT}"), answer) for text, answer in turns]
-
-
-def _question_answer(turns: Turns) -> Turns:
-    return [(f"Q: {text} A:", answer) for text, answer in _bare(turns)]
+def _asked(turns: Turns, form: str) -> Turns:
+    return [(form.format(text.removesuffix(f"\n{SHORT}")), answer) for text, answer in turns]
 
 
 def _instruct(scene: Scene, rng: random.Random) -> Turns:
