@@ -33,7 +33,7 @@ from pumice.cli.weights import weights_hash
 from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
-    from pumice.eval.benchmark import Benchmark
+    from pumice.eval.benchmark import Benchmark, Item
     from pumice.eval.runner import Answerer
     from pumice.eval.scores import Scores, Served
 
@@ -119,7 +119,7 @@ def evaluate(
         )
     from pumice.eval.choose import choose_benchmarks
     from pumice.eval.controls import CONTROLS
-    from pumice.eval.locate import check_data_dir, check_files
+    from pumice.eval.locate import check_data_dir, load_all
 
     # All that can be wrong without a model, before minutes are spent on loading one.
     check_options(model, endpoint, loading)
@@ -128,12 +128,12 @@ def evaluate(
     check_data_dir(data)
     if control is not None:
         CONTROLS[control]
-    check_files(chosen, data)
+    loaded = load_all(chosen, data)
     with (
         judged(chosen, judge, out / REPLIES) as benchmarks,
         _subject(model, batch_size, endpoint, extra, loading) as subject,
     ):
-        job = _Job(benchmarks, data, out, limit, control, allow_errors)
+        job = _Job(benchmarks, data, out, limit, control, allow_errors, loaded)
         _run(job, subject, as_json, categories)
 
 
@@ -147,6 +147,8 @@ class _Job:
     limit: int | None
     control: str | None
     allow_errors: bool
+    loaded: dict[str, list[Item]]
+    """The items by the name of the benchmark; each goes when it is asked."""
 
     def folder(self, benchmark: Benchmark) -> Path:
         """Where the files of one benchmark go."""
@@ -206,6 +208,7 @@ def _run(job: _Job, subject: _Subject, as_json: bool, categories: bool) -> None:
                 allow_errors=job.allow_errors,
                 served=subject.served,
                 ranks=ranks,
+                loaded=job.loaded.pop(benchmark.name),
             )
             for benchmark in job.benchmarks
         ]

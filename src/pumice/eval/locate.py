@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pumice.core.errors import DataError
 
 if TYPE_CHECKING:
-    from pumice.eval.benchmark import Benchmark
+    from pumice.eval.benchmark import Benchmark, Item
 
 IMAGE_FOLDERS = ("val2014", "{name}/images", "images", "", "{name}", "coco/val2014", "train2014")
 
@@ -52,27 +52,27 @@ def check_data_dir(data_dir: Path) -> None:
     )
 
 
-def check_files(benchmarks: Sequence[Benchmark], data_dir: Path) -> None:
-    """An error when a benchmark's official files cannot be read; asked before a model is loaded.
+def load_all(benchmarks: Sequence[Benchmark], data_dir: Path) -> dict[str, list[Item]]:
+    """The items of each benchmark by its name; asked before a model is loaded.
 
-    It names all such benchmarks, and those that are whole: hours must not pass before a lacking
-    file is told.
+    Where official files cannot be read the error names all such benchmarks, and those that are
+    whole: hours must not pass before a lacking file is told.
     """
+    loaded: dict[str, list[Item]] = {}
     problems: dict[str, DataError] = {}
     for benchmark in benchmarks:
         try:
-            benchmark.load(data_dir)
+            loaded[benchmark.name] = benchmark.load(data_dir)
         except DataError as error:
             problems[benchmark.name] = error
     if not problems:
-        return
+        return loaded
     if len(benchmarks) == 1:
         raise problems[benchmarks[0].name]
-    whole = [benchmark.name for benchmark in benchmarks if benchmark.name not in problems]
     lines = "".join(f"\n  {error}" for error in problems.values())
     raise DataError(
         f"{len(problems)} of {len(benchmarks)} benchmarks cannot be read from {data_dir}:{lines}\n"
-        f"Those that can: {','.join(whole) or 'none'}. Name these with --bench, or add the files."
+        f"Those that can: {','.join(loaded) or 'none'}. Name these with --bench, or add the files."
     )
 
 

@@ -73,12 +73,21 @@ class Asking:
         """The protocol of scores.json."""
         return full_protocol(benchmark, items, control=self.control, served=self.served)
 
-    def items(self, benchmark: Benchmark, data_dir: Path, out_dir: Path) -> list[Item]:
-        """The items with all they show on disk; what a control shows is below `out_dir`."""
-        check_data_dir(data_dir)
-        items = take_evenly(
-            benchmark.load(data_dir), self.limit, whole_groups=benchmark.whole_groups
-        )
+    def items(
+        self,
+        benchmark: Benchmark,
+        data_dir: Path,
+        out_dir: Path,
+        loaded: list[Item] | None = None,
+    ) -> list[Item]:
+        """The items with all they show on disk; what a control shows is below `out_dir`.
+
+        `loaded` is what the benchmark has read from `data_dir` already.
+        """
+        if loaded is None:
+            check_data_dir(data_dir)
+            loaded = benchmark.load(data_dir)
+        items = take_evenly(loaded, self.limit, whole_groups=benchmark.whole_groups)
         benchmark.prepare(items)
         if self.control is not None:
             items = CONTROLS[self.control].apply(items, self.seed, out_dir)
@@ -98,18 +107,20 @@ def run_benchmark(
     seed: int = 0,
     served: Served | None = None,
     ranks: Ranks | None = None,
+    loaded: list[Item] | None = None,
 ) -> Scores:
     """Asks every item and writes `out_dir`/predictions.jsonl and scores.json.
 
     Rows already there are kept when protocol, `weights` (a hash that names the model), item and
     prompt are the same; so a killed run goes on where it stopped. `limit`, `control` and `served`:
     see `Asking`. Of several `ranks` each asks its share and the main one merges. While it runs, and
-    when it ends before all is asked, scores.json says what is missing and gives no score.
+    when it ends before all is asked, scores.json says what is missing and gives no score. `loaded`
+    is what the benchmark has read from `data_dir` already, so that it is not read again.
     """
     ranks = ranks or Ranks()
     asking = Asking(limit, control, seed, served)
     with ranks.main_first():
-        items = asking.items(benchmark, data_dir, out_dir)
+        items = asking.items(benchmark, data_dir, out_dir, loaded)
         files = PredictionFiles(out_dir, benchmark, items, asking.row_key(benchmark, weights))
         rows = files.gather() if ranks.is_main else files.read()
         pending = [item for item in items if item.id not in rows]

@@ -21,6 +21,7 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.images import MAX_PIXELS
 from pumice.core.types import ImagePart
+from pumice.infer.plain_vision import PlainEncoder, plain_encoders, standing_in
 from pumice.models.connectors import Instruction
 from pumice.models.fusion import Features
 from pumice.models.lmm import LMM
@@ -70,9 +71,15 @@ class ImageFeatures:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything; what other weights have computed is of no use."""
         self._known: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self.bytes = 0
+        self._encoders: list[PlainEncoder] | None = None
+
+    def prepare(self) -> None:
+        """Lays the weights of the vision backbone out for encoding, unless that is done."""
+        if self._encoders is None:
+            self._encoders = plain_encoders(self._lmm.vision)
 
     def open(self, shown: Shown, where: str) -> Opened:
         """The image decoded and prepared; raises DataError for what is no image."""
@@ -136,7 +143,9 @@ class ImageFeatures:
         if self._processor.instruction is not None:
             padded = pad_instructions([image.instruction for image in images])
             instruction = padded and Instruction(*(p.to(self._lmm.device) for p in padded))
-        return self._lmm.encode_images(pixels, [image.size for image in images], instruction)
+        self.prepare()
+        with standing_in(self._encoders or ()):
+            return self._lmm.encode_images(pixels, [image.size for image in images], instruction)
 
     def _forget(self) -> None:
         while self.bytes > self._max_bytes:
