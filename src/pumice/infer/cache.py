@@ -8,7 +8,8 @@ everything it holds at every token. Shapes: L layers, B rows, H key heads, S col
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -29,8 +30,11 @@ class RowsCache(Protocol):
     def width(self) -> int:
         """The columns in use."""
 
-    def join(self, other: Self, length: int) -> None:
-        """Takes in the last `length` columns of a cache of one row."""
+    def join(self, other: Self, length: int, more: int = 0) -> None:
+        """Takes in the last `length` columns of a cache of one row.
+
+        `more` rows, none of them longer, come right behind it: room is made for all at once.
+        """
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""
@@ -56,6 +60,13 @@ class Buffer:
         self._first = 0
         self._end = 0
 
+    @classmethod
+    def within(cls, data: torch.Tensor) -> Self:
+        """An empty buffer in memory that is there: float[*lead, 1, H, S, Dh]."""
+        buffer = cls(data[..., :0, :])
+        buffer._data = data
+        return buffer
+
     @property
     def width(self) -> int:
         """The columns in use."""
@@ -76,13 +87,13 @@ class Buffer:
         self._end += new
         return self._data[..., :rows, :, self._end - new : self._end, :]
 
-    def join(self, row: torch.Tensor) -> None:
-        """Takes in a row, float[*lead, H, n, Dh]."""
+    def join(self, row: torch.Tensor, more: int = 0) -> None:
+        """Takes in a row, float[*lead, H, n, Dh], and makes room for `more` of no greater n."""
         length = row.shape[-2]
         if self._rows == 0:
             self._first = self._end = min(length, self._data.shape[-2])
         width = max(length, self.width)
-        self._make_room(self._rows + 1, width, 0)
+        self._make_room(self._rows + 1 + more, width, 0)
         data, end = self._data, self._end
         # Padding must be numbers: what is masked is still multiplied by zero.
         data[..., : self._rows, :, end - width : self._first, :] = 0
@@ -136,11 +147,11 @@ class BufferLayer(DynamicLayer):  # type: ignore[misc]
         self._show()
         return self.keys, self.values
 
-    def join(self, other: BufferLayer, length: int) -> None:
-        """Takes in the last `length` columns of a layer of one row."""
+    def join(self, other: BufferLayer, length: int, more: int) -> None:
+        """Takes in the last `length` columns of a layer of one row; `more` rows come behind it."""
         self._begin(other.keys, other.values)
         for buffer, states in zip(self._buffers, (other.keys, other.values), strict=True):
-            buffer.join(states[0, :, states.shape[2] - length :])
+            buffer.join(states[0, :, states.shape[2] - length :], more)
         self._show()
 
     def leave(self, row: int, width: int) -> None:
@@ -177,12 +188,12 @@ class BufferCache(Cache):  # type: ignore[misc]
         """The columns in use."""
         return int(self.layers[0].get_seq_length()) if self.layers else 0
 
-    def join(self, other: BufferCache, length: int) -> None:
-        """Takes in the last `length` columns of a cache of one row."""
+    def join(self, other: BufferCache, length: int, more: int = 0) -> None:
+        """Takes in the last `length` columns of a cache of one row; `more` rows come behind it."""
         while len(self.layers) < len(other.layers):
             self.layers.append(BufferLayer())
         for layer, source in zip(self.layers, other.layers, strict=True):
-            layer.join(source, length)
+            layer.join(source, length, more)
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""
@@ -200,12 +211,33 @@ class BufferCache(Cache):  # type: ignore[misc]
             self.update(keys.unsqueeze(0), values.unsqueeze(0), index)
 
 
+class Beside(NamedTuple):
+    """Where a cache lies among those that were made together with it."""
+
+    every: torch.Tensor
+    """float[L, 2, B, H, S, Dh]"""
+    row: int
+
+
 class StackedCache:
     """All layers in one tensor, float[L, 2, B, H, S, Dh]: what happens to a row is one copy."""
 
     def __init__(self, layers: int, like: torch.Tensor, columns: int | None = None) -> None:
         """For what looks like `like`, float[H, any, Dh]; one row takes `columns`, if given."""
         self._buffer = Buffer(like, (layers, 2), columns)
+        self.beside: Beside | None = None
+
+    @classmethod
+    def side_by_side(cls, layers: int, like: torch.Tensor, columns: Sequence[int]) -> list[Self]:
+        """Empty caches of one row each, of so many columns, which lie in one tensor."""
+        heads, _, width = like.shape
+        # Zeros, for what is masked is still multiplied by zero.
+        every = like.new_zeros(layers, 2, len(columns), heads, max(columns), width)
+        caches = [cls(layers, like) for _ in columns]
+        for row, cache in enumerate(caches):
+            cache._buffer = Buffer.within(every[:, :, row : row + 1])
+            cache.beside = Beside(every, row)
+        return caches
 
     @property
     def width(self) -> int:
@@ -229,10 +261,10 @@ class StackedCache:
         shown: NDArray[np.float32] = self._buffer.shown[:, :, 0].numpy()
         return shown
 
-    def join(self, other: StackedCache, length: int) -> None:
-        """Takes in the last `length` columns of a cache of one row."""
+    def join(self, other: StackedCache, length: int, more: int = 0) -> None:
+        """Takes in the last `length` columns of a cache of one row; `more` rows come behind it."""
         row = other._buffer.shown[:, :, 0]
-        self._buffer.join(row[..., row.shape[-2] - length :, :])
+        self._buffer.join(row[..., row.shape[-2] - length :, :], more)
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""

@@ -42,6 +42,9 @@ class Decoder(Protocol):
     def cache(self, columns: int | None = None) -> RowsCache:
         """An empty cache for this decoder; with `columns` for one row that will have so many."""
 
+    def caches(self, columns: Sequence[int]) -> Sequence[RowsCache]:
+        """Empty caches of one row each, which will have so many columns."""
+
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Chunks of different prompts -> float[V] of each that ends."""
 
@@ -71,6 +74,10 @@ class AnyDecoder:
     def cache(self, columns: int | None = None) -> RowsCache:
         """An empty cache, as transformers' decoders take it."""
         return BufferCache()
+
+    def caches(self, columns: Sequence[int]) -> Sequence[RowsCache]:
+        """As many of them."""
+        return [BufferCache() for _ in columns]
 
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Chunks of different prompts -> float[V] of each that ends."""

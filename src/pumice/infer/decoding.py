@@ -26,14 +26,16 @@ class Running:
         """Positions that have a place in the cache, padding among them; other threads read it."""
         self._media: Media | None = None
 
-    def join(self, row: Row) -> None:
-        """A row whose prompt is read and whose first token is chosen."""
-        assert row.cache is not None
-        self.cache.join(row.cache, len(row.prompt))
-        row.cache = None
-        # The tokens to come look where the last one of the prompt looks.
-        row.media = row.media and row.media.after()
-        self.rows.append(row)
+    def join(self, rows: Sequence[Row]) -> None:
+        """Rows whose prompts are read and whose first tokens are chosen."""
+        rows = sorted(rows, key=lambda row: -len(row.prompt))
+        for row, more in zip(rows, reversed(range(len(rows))), strict=True):
+            assert row.cache is not None
+            self.cache.join(row.cache, len(row.prompt), more)
+            row.cache = None
+            # The tokens to come look where the last one of the prompt looks.
+            row.media = row.media and row.media.after()
+            self.rows.append(row)
         self._look()
 
     def first_column(self, row: Row) -> int:

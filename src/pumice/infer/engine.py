@@ -139,6 +139,12 @@ class Engine:
             logits: torch.Tensor = self.lmm(ids, features=features)
         return logits[0]
 
+    def prepare(self) -> None:
+        """Lays all weights out for answering, which the first requests would else wait for."""
+        with self.memory.lock:
+            self.scheduler(Limits(self.max_batch))
+            self.memory.features.prepare()
+
     def scheduler(self, limits: Limits) -> Scheduler:
         """A new scheduler that shares what this engine keeps of earlier requests."""
         with self.memory.lock:

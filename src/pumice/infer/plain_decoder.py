@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from pumice.infer.attending import Attending, OneByOne, SideBySide, attention, keep
 from pumice.infer.cache import StackedCache
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.infer.one_row import OneRow
@@ -39,6 +39,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")
 _MOST_BYTES = 4 * 1024**3
 _TOLERANCE = 1e-3
+# Caches lie side by side when padding them to the longest adds no more than this factor.
+_MOST_PADDED = 1.25
 
 
 class PlainDecoder:
@@ -73,6 +75,12 @@ class PlainDecoder:
         """An empty cache for this decoder; with `columns` for one row that will have so many."""
         return StackedCache(len(self._blocks), self._like, columns)
 
+    def caches(self, columns: Sequence[int]) -> list[StackedCache]:
+        """Empty caches of one row each, side by side where they are of about the same length."""
+        if len(columns) > 1 and max(columns) * len(columns) <= _MOST_PADDED * sum(columns):
+            return StackedCache.side_by_side(len(self._blocks), self._like, columns)
+        return [self.cache(count) for count in columns]
+
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         """Chunks of different prompts -> float[V] of each that ends."""
         lengths = [len(chunk.embeds) for chunk in chunks]
@@ -81,32 +89,19 @@ class PlainDecoder:
         turns = self._turns_at(
             torch.cat(places).to(device), max(chunk.first + len(chunk.embeds) for chunk in chunks)
         )
-        masks = [_causal(chunk.first, len(chunk.embeds), device) for chunk in chunks]
-        room = [chunk.cache.grow(length, 1) for chunk, length in zip(chunks, lengths, strict=True)]
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         wanted = ends[[place for place, chunk in enumerate(chunks) if chunk.ends]]
+        attend = self._attending(chunks)
         hidden = torch.cat([chunk.embeds for chunk in chunks])
         for layer, block in enumerate(self._blocks):
             states = self._states(block, hidden, turns)
             # Of the last block's positions none but those whose logits are wanted go on.
             last = layer == len(self._blocks) - 1
-            mixed = []
-            for chunk, mask, (fresh, known), new in zip(
-                chunks, masks, room, torch.split(states, lengths), strict=True
-            ):
-                self._keep(new.unsqueeze(0), fresh[layer])
-                if last and not chunk.ends:
-                    continue
-                query = new[-1:] if last else new
-                mixed.append(
-                    self._attention(
-                        block, query.unsqueeze(0), known[layer], None if last else mask
-                    )[0]
-                )
+            mixed = attend(layer, states, block.scaling, last)
             if last:
                 hidden = hidden[wanted]
-            if mixed:
-                hidden = self._after(block, hidden, torch.cat(mixed))
+            if len(mixed):
+                hidden = self._after(block, hidden, mixed)
         return list(self._head(self._norm(hidden))) if len(wanted) else []
 
     def step(
@@ -134,8 +129,8 @@ class PlainDecoder:
         hidden = self._table[ids]
         for layer, block in enumerate(self._blocks):
             states = self._states(block, hidden, turns).unsqueeze(1)
-            self._keep(states, fresh[layer])
-            mixed = self._attention(block, states, known[layer], mask)
+            keep(states, fresh[layer], self._heads)
+            mixed = attention(states, known[layer], self._heads, block.scaling, mask)
             hidden = self._after(block, hidden, mixed.squeeze(1))
         return self._head(self._norm(hidden))
 
@@ -152,26 +147,11 @@ class PlainDecoder:
         torch.view_as_complex(pairs)[:, :turned].mul_(turns)
         return states
 
-    def _keep(self, states: torch.Tensor, fresh: torch.Tensor) -> None:
-        """float[B, T, H + 2 Hk, Dh] -> keys and values into float[2, B, Hk, T, Dh]."""
-        rows, new, _, width = states.shape
-        both = states[:, :, self._heads :].reshape(rows, new, 2, self._key_heads, width)
-        fresh.copy_(both.permute(2, 0, 3, 1, 4))
-
-    def _attention(
-        self, block: Block, states: torch.Tensor, known: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """float[B, T, >= H, Dh], float[2, B, Hk, S, Dh] -> float[B, T, H Dh]."""
-        keys, values = known.unbind(0)
-        found = F.scaled_dot_product_attention(
-            states[:, :, : self._heads].transpose(1, 2),
-            keys,
-            values,
-            mask,
-            scale=block.scaling,
-            enable_gqa=self._heads != self._key_heads,
-        )
-        return found.transpose(1, 2).flatten(2)
+    def _attending(self, chunks: Sequence[Chunk]) -> Attending:
+        heads = self._heads, self._key_heads
+        if SideBySide.can_hold(chunks):
+            return SideBySide(chunks, *heads)
+        return OneByOne(chunks, *heads)
 
     def _after(self, block: Block, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """float[N, D], float[N, H Dh] -> float[N, D]: the rest of a block behind its attention."""
@@ -258,7 +238,7 @@ def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
     ids = torch.randint(0, lmm.language.vocab_size, (14,), generator=draw).to(lmm.device)
     found = []
     for decoder in (one, other):
-        caches = decoder.cache(), decoder.cache()
+        caches = decoder.caches([7, 5])
         parts = torch.split(lmm.language.embed(ids[:12]), [7, 5])
         chunks = [
             Chunk(part, 0, cache, None, True) for part, cache in zip(parts, caches, strict=True)
@@ -271,11 +251,3 @@ def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
         logits += list(decoder.step(ids[12:13].tolist(), [7], caches[0], None))
         found.append(torch.stack(logits))
     return float((found[0] - found[1]).abs().max() / found[0].abs().max().clamp(min=1e-30))
-
-
-def _causal(first: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """float[T, first + T], what each position of a chunk adds to its scores; None for nothing."""
-    if length == 1:
-        return None
-    later = torch.full((length, first + length), float("-inf"), device=device)
-    return later.triu_(first + 1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pumice.infer.cache import RowsCache
 from pumice.infer.decoder import Chunk, Decoder
 from pumice.infer.decoding import Running, say
 from pumice.infer.features import ImageFeatures, Key, Opened, Shown
@@ -150,9 +151,11 @@ class Scheduler:
         chosen = self._choose()
         opened: dict[Key, Opened] = {}
         needed = []
-        for row in chosen:
+        caches = self._decoder.caches([len(row.prompt) for row in chosen])
+        for row, cache in zip(chosen, caches, strict=True):
+            row.cache = cache
             opened |= self._opened.pop(row, {})
-            needed.append((row.where, self._begin(row)))
+            needed.append((row.where, self._begin(row, cache)))
         features = self._memory.features
         errors = features.encode(needed, opened) if chosen else []
         for row, error in zip(chosen, errors, strict=True):
@@ -163,13 +166,12 @@ class Scheduler:
                 self.reading.append(row)
         return [row for row in chosen if row.error is not None]
 
-    def _begin(self, row: Row) -> list[Shown]:
+    def _begin(self, row: Row, cache: RowsCache) -> list[Shown]:
         """Takes over what is known of the prompt; -> the images whose features are needed."""
-        row.cache = self._decoder.cache(len(row.prompt))
         # The last position is always read: its logits are wanted.
         prompt = row.symbols[:-1]
         if self._memory.prefixes.known(prompt) >= _LEAST_SHARED:
-            row.read = row.reused = self._memory.prefixes.fill(prompt, row.cache)
+            row.read = row.reused = self._memory.prefixes.fill(prompt, cache)
         gated = self._lmm.cross_attention is not None
         return [span.shown for span in row.spans if gated or span.last > row.read]
 
@@ -237,16 +239,13 @@ class Scheduler:
         self.reading = [row for row in self.reading if row not in ready]
         if ready:
             say(ready, torch.stack(logits))
-        over = []
         for row in ready:
             assert row.cache is not None
             self._memory.prefixes.add(row.symbols, row.cache, 0, 0)
             row.features = []
-            if row.over:
-                over.append(row)
-            else:
-                self.running.join(row)
-        return over
+        if goes_on := [row for row in ready if not row.over]:
+            self.running.join(goes_on)
+        return [row for row in ready if row.over]
 
     def _chunk(self, row: Row, last: int) -> Chunk:
         assert row.cache is not None

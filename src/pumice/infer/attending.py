@@ -1,0 +1,161 @@
+"""How the positions of several prompts, read at once, look at what stands before them.
+
+Shapes: C chunks of N positions together, T of one of them, S columns, B rows, H heads, Hk key
+heads, Dh head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from pumice.infer.decoder import Chunk
+
+# Longer chunks are cut, so that no position is multiplied with more than so many later keys: torch
+# computes the masked half of a square as well.
+_CUT = 64
+
+
+class Attending(Protocol):
+    """The attention of one layer after the other over the same chunks."""
+
+    def __call__(
+        self, layer: int, states: torch.Tensor, scaling: float, last: bool
+    ) -> torch.Tensor:
+        """float[N, H + 2 Hk, Dh] -> float[N, H Dh]; the keys and values are kept.
+
+        With `last` -> float[K, H Dh], of the last position of each chunk that ends its prompt.
+        """
+
+
+class OneByOne:
+    """Chunk by chunk."""
+
+    def __init__(self, chunks: Sequence[Chunk], heads: int, key_heads: int) -> None:
+        self._heads = heads
+        self._chunks = chunks
+        self._lengths = [len(chunk.embeds) for chunk in chunks]
+        self._room = [c.cache.grow(n, 1) for c, n in zip(chunks, self._lengths, strict=True)]
+        cut = max(min(length, _CUT) for length in self._lengths)
+        before = (
+            c.first + (n - 1) // _CUT * _CUT for c, n in zip(chunks, self._lengths, strict=True)
+        )
+        self._before = max(before)
+        # float[cut, S + cut]: of the last columns, a cut's own, those that come later are unseen.
+        later = chunks[0].embeds.new_full((cut, cut), float("-inf")).triu_(1)
+        self._mask = F.pad(later, (self._before, 0))
+
+    def __call__(
+        self, layer: int, states: torch.Tensor, scaling: float, last: bool
+    ) -> torch.Tensor:
+        """float[N, H + 2 Hk, Dh] -> float[N, H Dh], or float[K, H Dh]."""
+        mixed = [states.new_empty(0, self._heads * states.shape[-1])]
+        parts = torch.split(states, self._lengths)
+        for chunk, (fresh, known), part in zip(self._chunks, self._room, parts, strict=True):
+            part = part.unsqueeze(0)
+            keep(part, fresh[layer], self._heads)
+            if not last:
+                mixed += self._cut(chunk.first, part, known[layer], scaling)
+            elif chunk.ends:
+                mixed.append(attention(part[:, -1:], known[layer], self._heads, scaling, None)[0])
+        return torch.cat(mixed)
+
+    def _cut(
+        self, first: int, states: torch.Tensor, known: torch.Tensor, scaling: float
+    ) -> list[torch.Tensor]:
+        """float[1, T, H + 2 Hk, Dh], float[2, 1, Hk, S, Dh] -> pieces of float[T, H Dh]."""
+        found = []
+        for start in range(0, states.shape[1], _CUT):
+            part = states[:, start : start + _CUT]
+            length = part.shape[1]
+            before = first + start
+            mask = self._mask[:length, self._before - before : self._before + length]
+            seen = known[..., : before + length, :]
+            found.append(attention(part, seen, self._heads, scaling, mask)[0])
+        return found
+
+
+class SideBySide:
+    """All chunks in one operation, padded to the longest: of short ones each costs more to call
+    than to compute. Their caches lie in one tensor, so that nothing is copied.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], heads: int, key_heads: int) -> None:
+        self._heads, self._key_heads = heads, key_heads
+        lengths = [len(chunk.embeds) for chunk in chunks]
+        for chunk, length in zip(chunks, lengths, strict=True):
+            chunk.cache.grow(length, 1)
+        like = chunks[0].embeds
+        numbers = torch.tensor([[c.first for c in chunks], lengths], device=like.device)
+        first, length = numbers.unsqueeze(-1)
+        times = torch.arange(max(lengths), device=like.device)
+        self._row, self._time = (times < length).nonzero(as_tuple=True)
+        self._column = first[self._row, 0] + self._time
+        columns = torch.arange(int(numbers.sum(0).max()), device=like.device)
+        unseen = columns > (first + times).unsqueeze(-1)
+        self._mask = like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf")).unsqueeze(1)
+        self._last = length.squeeze(-1) - 1
+        self._ends = numbers[1].cumsum(0) - 1
+        self._ending = [place for place, chunk in enumerate(chunks) if chunk.ends]
+        self._known = chunks[0].cache.beside.every[..., : len(columns), :]
+
+    @staticmethod
+    def can_hold(chunks: Sequence[Chunk]) -> bool:
+        """Whether these are all rows of one tensor, and short."""
+        beside = [getattr(chunk.cache, "beside", None) for chunk in chunks]
+        if len(chunks) < 2 or beside[0] is None or len(chunks) != beside[0].every.shape[2]:
+            return False
+        whole = all(
+            one is not None and one.every is beside[0].every and one.row == row
+            for row, one in enumerate(beside)
+        )
+        lengths = [len(chunk.embeds) for chunk in chunks]
+        return whole and max(lengths) <= _CUT and max(lengths) * len(lengths) <= 2 * sum(lengths)
+
+    def __call__(
+        self, layer: int, states: torch.Tensor, scaling: float, last: bool
+    ) -> torch.Tensor:
+        """float[N, H + 2 Hk, Dh] -> float[N, H Dh], or float[K, H Dh]."""
+        known = self._known[layer]
+        both = states[:, self._heads :].reshape(len(states), 2, self._key_heads, -1)
+        known.permute(1, 3, 0, 2, 4)[self._row, self._column] = both
+        if last:
+            rows = torch.arange(len(self._ends), device=states.device)
+            mask = self._mask[rows, :, self._last].unsqueeze(2)
+            query = states[self._ends].unsqueeze(1)
+            return attention(query, known, self._heads, scaling, mask)[self._ending, 0]
+        width = states.shape[-1]
+        query = states.new_zeros(known.shape[1], self._mask.shape[2], self._heads, width)
+        query[self._row, self._time] = states[:, : self._heads]
+        found = attention(query, known, self._heads, scaling, self._mask)
+        return found[self._row, self._time]
+
+
+def keep(states: torch.Tensor, fresh: torch.Tensor, heads: int) -> None:
+    """float[B, T, H + 2 Hk, Dh] -> keys and values into float[2, B, Hk, T, Dh]."""
+    rows, new, every, width = states.shape
+    both = states[:, :, heads:].reshape(rows, new, 2, (every - heads) // 2, width)
+    fresh.copy_(both.permute(2, 0, 3, 1, 4))
+
+
+def attention(
+    states: torch.Tensor,
+    known: torch.Tensor,
+    heads: int,
+    scaling: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """float[B, T, >= H, Dh], float[2, B, Hk, S, Dh] -> float[B, T, H Dh]."""
+    keys, values = known.unbind(0)
+    found = F.scaled_dot_product_attention(
+        states[:, :, :heads].transpose(1, 2),
+        keys,
+        values,
+        mask,
+        scale=scaling,
+        enable_gqa=heads != keys.shape[1],
+    )
+    return found.transpose(1, 2).flatten(2)
