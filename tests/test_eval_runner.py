@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eval_files import Scripted, dump_lines, pope_files, vqa_files
 from pumice.core.errors import DataError, PumiceError
+from pumice.eval import runner
 from pumice.eval.benchmark import Item
 from pumice.eval.benchmarks import BENCHMARKS
 from pumice.eval.controls import shuffle_images
@@ -172,3 +174,26 @@ def test_answers_of_another_benchmark_are_refused(tmp_path: Path) -> None:
     answers = dump_lines(tmp_path / "a.jsonl", [{"id": "1000", "reply": "yes"}])
     with pytest.raises(DataError, match="row 1.*id, reply"):
         rescore(BENCHMARKS["vqav2"], tmp_path, answers)
+
+
+def test_official_files_are_read_once_before_a_model_is_asked(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pope = type(BENCHMARKS["pope"])
+    events: list[str] = []
+    load, ask = pope.load, runner._ask
+
+    def loaded(self: Any, data_dir: Path) -> list[Item]:
+        events.append("load")
+        return load(self, data_dir)
+
+    def asked(*given: Any) -> None:
+        events.append("ask")
+        ask(*given)
+
+    monkeypatch.setattr(pope, "load", loaded)
+    monkeypatch.setattr(runner, "_ask", asked)
+    out = tmp_path / "out"
+    run("eval", "pocket", "--bench", "pope", "--data", pope_files(tmp_path), "--out", out)
+    assert events[:2] == ["load", "ask"]
+    assert json.loads((out / "pope" / "scores.json").read_text())["n"] == 12
