@@ -114,8 +114,8 @@ def run_benchmark(
     Rows already there are kept when protocol, `weights` (a hash that names the model), item and
     prompt are the same; so a killed run goes on where it stopped. `limit`, `control` and `served`:
     see `Asking`. Of several `ranks` each asks its share and the main one merges. While it runs, and
-    when it ends before all is asked, scores.json says what is missing and gives no score. `loaded`
-    is what the benchmark has read from `data_dir` already, so that it is not read again.
+    when it ends before all is asked, scores.json says what is missing and gives no score. What the
+    benchmark has `loaded` from `data_dir` already is not read again.
     """
     ranks = ranks or Ranks()
     asking = Asking(limit, control, seed, served)
@@ -128,9 +128,7 @@ def run_benchmark(
         scoring = _Scoring(files, asking.protocol(benchmark, items), origin, allow_errors)
         if ranks.is_main and (pending or any(row.fault for row in rows.values())):
             scoring.write(rows, finished=False)
-    title = benchmark.name
-    if control is not None:
-        title += f", {CONTROLS[control].title}"
+    title = benchmark.name + ("" if control is None else f", {CONTROLS[control].title}")
     if rows and ranks.is_main:
         log.info("%s: %d answers kept, %d to ask", title, len(rows), len(pending))
     finished = False
