@@ -16,12 +16,13 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from measured import where, write
-from train import SHAPES, Encoded, Shape, new_model, own_trainer, pack
+from train import status
+from train_model import SHAPES, Encoded, Shape, new_model, pack
+from train_sides import own_trainer
 
 from pumice.models.constants import IGNORE, IMAGE_ID
 from pumice.models.costs import Trained
@@ -107,7 +108,7 @@ def measured(name: str, rows: int, tokens: int, packed: bool, policy: str) -> in
     if packed:
         attend_to_documents(lmm.language)
     checkpoint_blocks(lmm, policy)
-    trainer = own_trainer(lmm, align=False)
+    trainer = own_trainer(lmm, "tune")
     talks = [conversation(lmm, tokens, seed) for seed in range(rows)]
     batches = pack(talks, rows * tokens) if packed else [collate(talks, 0)]
     for _ in range(2):
@@ -122,7 +123,7 @@ def warm_up(packed: bool) -> None:
         attend_to_documents(lmm.language)
     set_trained(lmm, "vision", False)
     talks = [conversation(lmm, 20, 0)]
-    own_trainer(lmm, align=False)._step(1, pack(talks, 20) if packed else [collate(talks, 0)])
+    own_trainer(lmm, "tune")._step(1, pack(talks, 20) if packed else [collate(talks, 0)])
 
 
 def conversation(lmm: Any, tokens: int, seed: int) -> Encoded:
@@ -134,12 +135,6 @@ def conversation(lmm: Any, tokens: int, seed: int) -> Encoded:
     pixels = torch.randn(1, 3, side, side)
     ids = [IMAGE_ID] * lmm.image_tokens + words
     return Encoded(ids, labels, pixels, 1, image_sizes=[(side, side)])
-
-
-def status(key: str) -> int:
-    """Bytes of a line of this process's status. Not getrusage: its mark is inherited."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 if __name__ == "__main__":

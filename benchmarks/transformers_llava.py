@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -82,15 +82,24 @@ def build_processor(processor: Processor, checkpoint: Path, patch_size: int) -> 
 
 
 class TrainingStep:
-    """Its own padded step: attention mask, full logits, AdamW; frozen vision backbone."""
+    """Its own padded step: attention mask, full logits, AdamW; frozen vision backbone.
+
+    `learns`: which parameters learn beside the connector's: all, only adapters, or none.
+    """
 
     def __init__(
-        self, model: Any, rate: float, clip: float, autocast: bool, align: bool = False
+        self,
+        model: Any,
+        rate: float,
+        clip: float,
+        autocast: bool,
+        learns: Literal["all", "adapters", "none"] = "all",
     ) -> None:
         self.model, self.clip, self.autocast = model, clip, autocast
         self.device = model.device.type
         model.train()
-        model.requires_grad_(not align)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learns == "all" or (learns == "adapters" and ".lora_" in name))
         model.model.multi_modal_projector.requires_grad_(True)
         model.model.vision_tower.requires_grad_(False).eval()
         self.trained = [p for p in model.parameters() if p.requires_grad]

@@ -44,7 +44,7 @@ def model(family: str) -> LanguageModel:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven positions a piece, so that the last one is not whole."""
     monkeypatch.setattr(module, "PIECE", 7 * V)
-    monkeypatch.setattr(language_module, "PIECE", 7 * V)
+    monkeypatch.setattr(language_module, "WHOLE", 7 * V)
 
 
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
@@ -93,7 +93,7 @@ def test_every_family_has_the_loss_of_its_own_logits(
     results = []
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(language_module, "PIECE", 10**6)
+            monkeypatch.setattr(language_module, "WHOLE", 10**6)
         made.zero_grad()
         loss = made.loss(embeds, targets, keep)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -13,13 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from pumice.models.language import LanguageModel
 
-# Numbers of one piece of logits: 64 MiB in float32. Smaller ones are computed as a whole.
+# Numbers of one piece of logits: 64 MiB in float32.
 PIECE = 2**24
+# So few are computed as a whole, by autograd: it keeps them three times, 48 MiB.
+WHOLE = 2**22
 
 
 def head_loss(
@@ -68,27 +69,37 @@ class _HeadLoss(torch.autograd.Function):
         states = hidden if lower is None else hidden.to(lower)
         shift = None if bias is None else bias.to(table.dtype)
         of_states = torch.empty_like(states) if wants[0] else None
-        of_weight = torch.zeros_like(weight) if wants[1] else None
-        of_bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
+        of_weight = of_bias = None
         loss = torch.zeros((), device=hidden.device)
-        rows = max(1, PIECE // len(weight))
+        rows = max(1, min(len(states), PIECE // len(weight)))
+        # Every piece is computed where the last one was: fresh pages for each would cost more time
+        # than the softmax. `scores` are the logits in float32, then the shares of the tokens.
+        space = torch.empty(rows, len(weight), dtype=table.dtype, device=table.device)
+        mixed = table.dtype != torch.float32
+        wide = space.float() if mixed else space
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(states), rows):
-                piece, wanted = states[start : start + rows], targets[start : start + rows]
-                logits = F.linear(piece, table, shift).float()
-                loss += F.cross_entropy(logits, wanted, reduction="sum")
+                piece, wanted = states[start : start + rows], targets[start : start + rows, None]
+                logits, scores = space[: len(piece)], wide[: len(piece)]
+                if shift is None:
+                    torch.mm(piece, table.T, out=logits)
+                else:
+                    torch.addmm(shift, piece, table.T, out=logits)
+                if mixed:
+                    scores.copy_(logits)
+                loss += _to_shares(scores, wanted).sum()
                 if not any(wants):
                     continue
                 # The gradient of a cross entropy: shares, less one at the target.
-                share = torch.softmax(logits, -1, out=logits)
-                share[torch.arange(len(wanted), device=share.device), wanted] -= 1.0
-                share = share.to(table.dtype)
+                scores.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=scores.dtype))
+                if mixed:
+                    logits.copy_(scores)
                 if of_states is not None:
-                    torch.mm(share, table, out=of_states[start : start + rows])
-                if of_weight is not None:
-                    of_weight += share.T @ piece
-                if of_bias is not None:
-                    of_bias += share.sum(0)
+                    torch.mm(logits, table, out=of_states[start : start + rows])
+                if wants[1]:
+                    of_weight = _added(of_weight, logits.T @ piece, weight)
+                if bias is not None and wants[2]:
+                    of_bias = _added(of_bias, logits.sum(0), bias)
         ctx.save_for_backward(of_states, of_weight, of_bias)
         ctx.types = (hidden.dtype, weight.dtype)
         return loss
@@ -104,3 +115,19 @@ class _HeadLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _to_shares(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """float[K, V] logits become their softmax, in place; gives the cross entropy, float[K].
+
+    `wanted` is long[K, 1]. From the share of the likeliest token, which cannot underflow.
+    """
+    most, place = scores.max(-1, keepdim=True)
+    distance = most - scores.gather(1, wanted)
+    torch.softmax(scores, -1, out=scores)
+    return (distance - scores.gather(1, place).log()).squeeze(1)
+
+
+def _added(total: torch.Tensor | None, more: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A sum over pieces, held in the type of `like`."""
+    return more.to(like.dtype) if total is None else total.add_(more)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from pumice.core.errors import PumiceError
-from pumice.models.head_loss import PIECE, has_plain_head, head_loss
+from pumice.models.head_loss import WHOLE, has_plain_head, head_loss
 from pumice.models.modes import evaluating
 from pumice.models.packed_attention import Documents
 from pumice.models.pretrained import (
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
     ) -> torch.Tensor:
         """float[B, T, D], long[K], bool[B, T] with K True -> float[], the summed cross entropy."""
         places: dict[str, Any] = {"position_ids": position_ids, "documents": documents}
-        if len(targets) * self.vocab_size <= PIECE or not self.has_plain_head():
+        if len(targets) * self.vocab_size <= WHOLE or not self.has_plain_head():
             logits = self(inputs_embeds, keep=keep, **places)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
         output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[operator]

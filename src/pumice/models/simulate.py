@@ -26,7 +26,7 @@ from pumice.models.config import LMMConfig
 from pumice.models.connectors import Instruction
 from pumice.models.costs import Trained
 from pumice.models.cross_attention import Media
-from pumice.models.head_loss import PIECE, head_loss
+from pumice.models.head_loss import WHOLE, head_loss
 from pumice.models.lmm import LMM
 from pumice.models.lora import LoraSpec, adapter_parameters, add_lora
 from pumice.models.packed_attention import NAME as DOCUMENTS
@@ -184,7 +184,7 @@ def _loss(lmm: LMM, work: Work) -> torch.Tensor:
     kept = hidden.flatten(0, 1).index_select(0, torch.empty(work.supervised, dtype=torch.long))
     targets = torch.empty(work.supervised, dtype=torch.long)
     head = language.model.get_output_embeddings()  # type: ignore[operator]
-    if work.supervised * language.vocab_size <= PIECE or type(head) is not nn.Linear:
+    if work.supervised * language.vocab_size <= WHOLE or type(head) is not nn.Linear:
         return F.cross_entropy(head(kept).float(), targets, reduction="sum")
     return head_loss(kept, head.weight, head.bias, targets)
 
