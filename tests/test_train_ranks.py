@@ -26,7 +26,7 @@ from training_jobs import Job, run_job, write_jobs
 SCRIPT = Path(__file__).with_name("train_rank.py")
 TURNS = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes, the red circle."}]
 # Alike for one process and for two.
-ALIKE = ("align", "vision", "gated", "lora", "tiles", "2x2", "4x1")
+ALIKE = ("align", "vision", "gated", "lora", "int8", "tiles", "2x2", "4x1")
 
 
 def mixed_data(world: Path, file: Path) -> DataSpec:
@@ -50,15 +50,30 @@ def jobs_of(root: Path) -> dict[str, Job]:
     every = dict.fromkeys(("vision", "connector", "language"), 1e-3)
     gated = {"connector": "gated_cross_attention", "connector_options": {"every": 1, "queries": 4}}
     tiles = {"image_mode": "hd", "tiling": {"max_tiles": 4}, "micro_batch_size": 1}
-    held = ValidationSpec(fraction=0.3, every=2, rows=4, probes=1)
+    held = ValidationSpec(fraction=0.4, every=2, rows=5, probes=3)
     specs: dict[str, dict[str, Any]] = {
         "align": {**text, **chat, "validation": held},
-        "vision": {**text, **chat, "train": every, "checkpointing": "blocks", "steps": 3},
-        "gated": {**text, **chat, **gated, "train": {"connector": 1e-2}, "steps": 3},
+        "vision": {
+            **text,
+            **chat,
+            "train": every,
+            "checkpointing": "blocks",
+            "steps": 3,
+            "validation": held,
+        },
+        "gated": {
+            **text,
+            **chat,
+            **gated,
+            "train": {"connector": 1e-2},
+            "steps": 3,
+            "validation": held,
+        },
         "tiles": {**chat, **tiles, "data": tune.data, "steps": 2},
     }
     tunes: dict[str, dict[str, Any]] = {
         "lora": {"packing": Packing(512, tiles=2), "lora": LoraTraining(r=4, alpha=8.0)},
+        "int8": {"lora": LoraTraining(r=4, alpha=8.0, quantize="int8", save="adapter"), "steps": 2},
         "1x4": {},
         "2x2": {"micro_batch_size": 2},
         "4x1": {"micro_batch_size": 1},
@@ -146,15 +161,24 @@ def test_two_processes_train_as_one(name: str, root: Path) -> None:
     }
 
 
-def test_two_processes_look_at_the_held_out_rows_as_one(root: Path) -> None:
+@pytest.mark.parametrize("name", ["align", "vision", "gated"])
+def test_two_processes_look_at_the_held_out_rows_as_one(name: str, root: Path) -> None:
+    """An odd number of rows and questions, with and without pictures."""
     one, two = (
-        [row["validation"] for row in metrics(root / ranks / "align") if "validation" in row]
+        [row["validation"] for row in metrics(root / ranks / name) if "validation" in row]
         for ranks in ("ranks-1", "ranks-2")
     )
     assert len(one) == len(two) == 2
+    assert all(len(found["probe"]) == 3 and found["rows"] % 2 for found in one)
     for a, b in zip(one, two, strict=True):
         assert a["rows"] == b["rows"] and a["probe"] == b["probe"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_only_the_main_process_reads_the_weights(root: Path) -> None:
+    for name in ALIKE:
+        held = [int((root / "ranks-2" / name / f"held.{rank}").read_text()) for rank in (0, 1)]
+        assert held[0] == int((root / "ranks-1" / name / "held.0").read_text()) > 0 == held[1]
 
 
 def test_a_step_is_the_same_however_many_compute_it_in_pieces(root: Path) -> None:

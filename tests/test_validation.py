@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from pumice.core.errors import PumiceError
@@ -15,10 +16,13 @@ from pumice.core.shipped import SHIPPED_DIR
 from pumice.data.held_out import split_sources
 from pumice.data.sources import LlavaJson
 from pumice.models.checkpoint import load_lmm
+from pumice.models.lmm import LMM
+from pumice.processing.collate import collate
+from pumice.processing.processor import Processor
 from pumice.train.metrics import part_hash
 from pumice.train.stages import DataSpec, StageSpec, run_stage
 from pumice.train.trainer import Trainer
-from pumice.train.validation import ValidationSpec, gap_of, unused
+from pumice.train.validation import ValidationSpec, Validator, gap_of, unused
 from pumice.world.datasets import make_world
 from stage_specs import align_spec
 
@@ -135,6 +139,26 @@ def test_what_a_gap_is() -> None:
     assert found["shuffled_loss"] == pytest.approx(2.5)
     assert not unused(found) and unused({"gap": 0.2, "gap_error": 0.15})
     assert unused({"gap": 0.005, "gap_error": 0.0}) and not unused(gap_of(own[:1], other[:1]))
+
+
+@torch.no_grad()
+def test_a_probe_says_what_a_model_without_a_cache_says(
+    scenes: Path, lmm: LMM, processor: Processor
+) -> None:
+    """Everything read anew for each token, pictures too: after questions with one and without."""
+    rows = LlavaJson(scenes / "llava" / "instruct.json", scenes / "images")
+    validator = Validator(ValidationSpec(fraction=0.1, every=1), processor, [], 512)
+    for sample in (rows[0], rows[1], rows[2]):
+        batch = collate([processor.encode_prompt(sample.messages[:1], where="")], 0)
+        ids, said = batch.input_ids, list[int]()
+        while len(said) < 32:
+            token = int(lmm(ids, pixel_values=batch.pixel_values)[0, -1].argmax())
+            if token in processor.end_token_ids:
+                break
+            said.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        assert validator._asked(lmm, sample)["said"] == processor.decode(said) != ""
+    assert rows[0].images and not rows[1].images
 
 
 def planted(folder: Path, scenes: Path, *, blind: bool) -> DataSpec:

@@ -43,8 +43,8 @@ def read_jobs(root: Path) -> dict[str, Job]:
 
 def run_job(job: Job, out: Path, group: Processes = ALONE) -> None:
     """Trains the stage; every step's gradients, whole, go to `out`, and how it ended to `end.K`."""
-    with float32(), gradients_kept(out, group), trouble(job, group):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with float32(), weights_counted(out, group), gradients_kept(out, group), trouble(job, group):
         end = "finished"
         try:
             run_stage(job.spec, out, group=group)
@@ -56,6 +56,20 @@ def run_job(job: Job, out: Path, group: Processes = ALONE) -> None:
 def float32() -> Any:
     """Where bfloat16 is native it would be used, and its rounding hide what is to be seen."""
     return mock.patch.object(parallel, "mixed_precision_pays", lambda: False)
+
+
+@contextlib.contextmanager
+def weights_counted(out: Path, group: Processes) -> Iterator[None]:
+    """How many weights a process holds when the model is built goes to `held.K`."""
+    begin = parallel.SharedModel.__init__
+
+    def counting(self: parallel.SharedModel, lmm: LMM, *args: Any, **more: Any) -> None:
+        held = sum(p.numel() for p in lmm.parameters() if p.device.type != "meta")
+        (out / f"held.{group.rank}").write_text(str(held))
+        begin(self, lmm, *args, **more)
+
+    with mock.patch.object(parallel.SharedModel, "__init__", counting):
+        yield
 
 
 @contextlib.contextmanager

@@ -76,6 +76,10 @@ ResumeOption = Annotated[
     Literal["auto", "never"],
     typer.Option("--resume", help="auto goes on where a run stopped; never starts again."),
 ]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Curves also to tensorboard or wandb; may be repeated."),
+]
 
 
 HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")]

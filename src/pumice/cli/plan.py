@@ -117,6 +117,7 @@ def blank_of(recipe: Recipe) -> LMM:
 def _record(recipe: Recipe, lmm: LMM, size: tuple[int, int], text_tokens: int) -> dict[str, Any]:
     """Everything the command says, as plain values."""
     from pumice.models.costs import conversation_flops, image_costs, language_flops, vision_flops
+    from pumice.recipe.loss_bands import end_of_healthy_runs
 
     *sizes, chosen = image_costs(lmm, (*_SIZES, size))
     counts = conversation_flops(lmm, chosen, text_tokens)
@@ -139,7 +140,10 @@ def _record(recipe: Recipe, lmm: LMM, size: tuple[int, int], text_tokens: int) -
             "tokens": chosen.tokens + text_tokens,
             "forward_flops": {**counts._asdict(), "total": sum(counts)},
         },
-        "stages": [_stage(name, stage, lmm, counts) for name, stage in recipe.stage_list()],
+        "stages": [
+            _stage(name, stage, lmm, counts) | {"loss_at_end": end_of_healthy_runs(recipe, name)}
+            for name, stage in recipe.stage_list()
+        ],
         "connectors": _connectors(lmm, size),
     }
 
@@ -223,6 +227,8 @@ def _text(record: dict[str, Any]) -> str:
 
 
 def _part_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    from pumice.recipe.loss_bands import told_end
+
     stages = record["stages"]
     rows = [(record["recipe"], "parameters", *(f"{stage['name']} trains" for stage in stages))]
     for part, count in record["parts"].items():
@@ -232,7 +238,12 @@ def _part_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
         learns = [_learns(stage["trained"], part, owner, count) for stage in stages]
         rows.append((part, f"{count:,}", *learns))
     totals = (f"{stage['trained_parameters']:,}" for stage in stages)
-    return [*rows, ("all", f"{record['parameters']:,}", *totals)]
+    ends = (told_end(stage["loss_at_end"]) for stage in stages)
+    return [
+        *rows,
+        ("all", f"{record['parameters']:,}", *totals),
+        ("loss healthy runs end at", "", *ends),
+    ]
 
 
 def _learns(trained: dict[str, int], part: str, owner: str, count: int) -> str:

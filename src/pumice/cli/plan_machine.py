@@ -38,6 +38,7 @@ class Asked:
 def machine_record(recipe: Recipe, lmm: LMM, size: tuple[int, int], asked: Asked) -> dict[str, Any]:
     """Everything that is said of a machine, as plain values."""
     from pumice.models.costs import image_costs
+    from pumice.recipe.loss_bands import end_of_healthy_runs
     from pumice.train.machines import read_machine
     from pumice.train.plan import SPARE, Planner
 
@@ -67,6 +68,7 @@ def machine_record(recipe: Recipe, lmm: LMM, size: tuple[int, int], asked: Asked
             "memory": plan.memory._asdict() | {"total": plan.memory.total},
             "hours": None if steps is None else steps * plan.step_seconds / 3600,
             "published_hours": published,
+            "loss_at_end": end_of_healthy_runs(recipe, name),
         })  # fmt: skip
     return {
         "recipe": recipe.name,
@@ -185,6 +187,8 @@ def _steps(stage: Stage, rows: int | None) -> int | None:
 
 def machine_text(record: dict[str, Any]) -> str:
     """The record in a table with a column for each stage, and what it rests on."""
+    from pumice.recipe.loss_bands import told_end
+
     stages, machine = record["stages"], record["machine"]
     lines: list[tuple[str, ...]] = [
         (f"{record['recipe']} on {machine['title']}", *(s["name"] for s in stages))
@@ -214,6 +218,7 @@ def machine_text(record: dict[str, Any]) -> str:
     if any(s["published_hours"] for s in stages):
         name = f"hours published ({record['published_hardware']})"
         lines.append((name, *(_hours(s["published_hours"]) for s in stages)))
+    lines.append(("loss healthy runs end at", *(told_end(s["loss_at_end"]) for s in stages)))
     return table(_right(lines)) + "\n\n" + "\n".join(_notes(record))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pumice.cli.options import JsonOption, ResumeOption, example
+from pumice.cli.options import JsonOption, ResumeOption, TrackOption, example
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
 from pumice.cli.stages import first_stage_spec, stage_specs
@@ -22,11 +22,12 @@ from pumice.core.log import LogOfProcess
 from pumice.core.processes import ALONE, Processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pumice.eval.scores import Scores
     from pumice.models.feature_cache import FeatureCache
     from pumice.recipe.schema import Recipe
+    from pumice.train.run_log import Following
     from pumice.train.stages import StageResult, StageSpec
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
@@ -79,6 +80,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Take finished stages from here, and keep them here."),
     ] = None,
+    track: TrackOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe: train, evaluate, report.
@@ -106,7 +108,7 @@ def run(
         results, evaluated = _run_all(
             loaded, out, stage, group,
             partial(run_one, out=out, resume=resumes, features=cache, group=group, store=store),
-            resumes=resumes,
+            resumes=resumes, track=track or (),
         )  # fmt: skip
     if group.is_main:
         if as_json:
@@ -122,13 +124,22 @@ def _run_all(
     out: Path,
     stage: str | None,
     group: Processes,
-    train: Callable[[StageSpec], StageResult],
+    train: Callable[..., StageResult],
     *,
     resumes: bool,
+    track: Sequence[str],
 ) -> tuple[list[StageResult], Evaluated | None]:
+    from pumice.recipe.loss_bands import loss_band
+    from pumice.train.run_log import Following
+    from pumice.train.trackers import check_trackers
+
+    check_trackers(track)
     data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes))
     specs = [s for s in stage_specs(recipe, data, out) if stage is None or s.name == stage]
-    results = [train(spec) for spec in specs]
+    results = [
+        train(spec, following=Following(band=loss_band(recipe, spec.name), trackers=track))
+        for spec in specs
+    ]
     # Again: only now is it known that a run that goes on has the data and backbones it began with.
     group.from_main(lambda: keep_recipe(recipe, out))
     if recipe.eval is None or specs[-1].name != recipe.stage_list()[-1][0]:
@@ -260,6 +271,7 @@ def run_one(
     features: FeatureCache | None = None,
     group: Processes = ALONE,
     store: Path | None = None,
+    following: Following | None = None,
 ) -> StageResult:
     """One stage; its starting checkpoint must be there. With a `store` it may come from there."""
     from pumice.train.stage_store import StageStore
@@ -270,7 +282,9 @@ def run_one(
             f"stage {spec.name!r} starts from {spec.init}, which does not exist. Run the stage "
             f"{spec.init.name!r} first, or leave --stage out to run all stages."
         )
-    train = partial(run_stage, spec, out, resume=resume, features=features, group=group)
+    train = partial(
+        run_stage, spec, out, resume=resume, features=features, group=group, following=following
+    )
     return train() if store is None else StageStore(store).run(spec, out, train)
 
 

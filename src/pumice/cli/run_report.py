@@ -12,11 +12,13 @@ import pumice
 from pumice.core.files import read_json, read_jsonl
 from pumice.eval.browser import browse
 from pumice.eval.categories import category_section
+from pumice.eval.charts import Band
 from pumice.eval.choose import benchmark_of
 from pumice.eval.examples import pick_examples
 from pumice.eval.published import published_section
 from pumice.eval.report import Example, ReportData, Tiling, score_row, write_report
 from pumice.recipe.load import resolved_yaml
+from pumice.recipe.loss_bands import loss_band
 from pumice.train.data_card import card_text
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def report_run(
             ]
         ),
         curves=_curves(out / "metrics.jsonl"),
+        bands=_bands(recipe),
         examples=examples,
         tiling=_tiling(results[-1].checkpoint, examples),
         recipe=resolved_yaml(recipe),
@@ -82,6 +85,16 @@ def _curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
                 held = f"{row['stage']}, held out"
                 curves[held].append((row["step"], row["validation"]["loss"]))
     return dict(curves)
+
+
+def _bands(recipe: Recipe) -> dict[str, Band]:
+    """Where the loss of each stage lies in healthy runs, as far as that is recorded."""
+    found = {name: loss_band(recipe, name) for name, _ in recipe.stage_list()}
+    return {
+        name: Band(steps=band.steps, low=band.low, high=band.high, title=band.title)
+        for name, band in found.items()
+        if band is not None
+    }
 
 
 def _examples(scores: Sequence[Scores], data: Path, evaluated: Path, seed: int) -> list[Example]:
@@ -137,6 +150,7 @@ def _facts(recipe: Recipe, results: Sequence[StageResult]) -> dict[str, str]:
         "Checkpoint": str(results[-1].checkpoint),
         "Data": "; ".join(_data_cards(results)),
         **_validation_facts(results),
+        **_band_facts(results),
         "Seed": str(recipe.seed),
         "Made with": f"pumice {pumice.__version__}, Python {platform.python_version()}",
     }
@@ -168,6 +182,13 @@ def _validation_facts(results: Sequence[StageResult]) -> dict[str, str]:
         if found["image_not_used"]:
             facts[f"WARNING, {stage}"] = warning(stage, found)
     return facts
+
+
+def _band_facts(results: Sequence[StageResult]) -> dict[str, str]:
+    """What left the band of its recipe."""
+    records = [read_json(result.checkpoint / "training.json") for result in results]
+    found = {record["stage"]: record.get("loss_band", {}).get("warning") for record in records}
+    return {f"WARNING, loss of {stage}": words for stage, words in found.items() if words}
 
 
 def _probe_lines(results: Sequence[StageResult]) -> list[str]:

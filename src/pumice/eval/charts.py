@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -22,8 +23,22 @@ LOG_FROM = 12.0
 _MOST_POINTS = 360
 
 
-def loss_chart(points: Sequence[Point], name: str) -> str:
-    """An SVG of one stage's loss: the raw values faint, their running mean on top."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Band:
+    """Where other runs lie: between `low` and `high` at each of `steps`."""
+
+    steps: Sequence[int]
+    low: Sequence[float]
+    high: Sequence[float]
+    title: str
+    """Whose band it is, in words."""
+
+
+def loss_chart(points: Sequence[Point], name: str, band: Band | None = None) -> str:
+    """An SVG of one stage's loss: the raw values faint, their running mean on top.
+
+    A band is drawn behind them.
+    """
     kept = [(step, loss) for step, loss in points if math.isfinite(loss)]
     if not kept:
         return ""
@@ -36,7 +51,8 @@ def loss_chart(points: Sequence[Point], name: str) -> str:
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
 
-    parts = [_y_ticks(axis), _x_ticks(last, x)]
+    parts = [] if band is None else [_band(band, x, axis.y, f"clip-{name}")]
+    parts += [_y_ticks(axis), _x_ticks(last, x)]
     for style, values in (("raw", raw), ("smooth", smooth)):
         parts.append(
             _path(style, [(x(s), axis.y(v)) for s, v in _thinned(steps, values)], f"clip-{name}")
@@ -48,6 +64,22 @@ def loss_chart(points: Sequence[Point], name: str) -> str:
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f'<clipPath id="clip-{escape(name)}"><rect {box}/></clipPath>{"".join(parts)}{end}</svg>'
     )
+
+
+def loss_figures(curves: Mapping[str, Sequence[Point]], bands: Mapping[str, Band]) -> list[str]:
+    """Each stage's chart under its name, with where its loss began and ended."""
+    figures = []
+    for name, points in curves.items():
+        band = bands.get(name)
+        if chart := loss_chart(points, name, band):
+            smooth = running_mean(np.array([loss for _, loss in points], dtype=np.float64))
+            words = f"{points[-1][0]:,} steps, {smooth[0]:.3g} → {smooth[-1]:.3g}"
+            words += f"; grey: {escape(band.title)}" if band else ""
+            figures.append(
+                f"<figure><figcaption><strong>{escape(name)}</strong>"
+                f"<span>{words}</span></figcaption>{chart}</figure>"
+            )
+    return figures
 
 
 def interval_plot(
@@ -170,6 +202,16 @@ def _x_ticks(last: float, x: Callable[[float], float]) -> str:
 def _path(style: str, places: Sequence[tuple[float, float]], clip: str) -> str:
     line = "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
     return f'<path class="{style}" clip-path="url(#{escape(clip)})" d="M{line}"/>'
+
+
+def _band(band: Band, x: Callable[[float], float], y: Callable[[float], float], clip: str) -> str:
+    """The area between the two bounds; the first ones hold from the beginning."""
+    steps = [0, *band.steps]
+    low, high = ([bounds[0], *bounds] for bounds in (band.low, band.high))
+    around = [*zip(steps, high, strict=True), *reversed(list(zip(steps, low, strict=True)))]
+    places = "L".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in around)
+    title = f"<title>{escape(band.title)}</title>"
+    return f'<path class="band" clip-path="url(#{escape(clip)})" d="M{places}Z">{title}</path>'
 
 
 def _thinned(steps: Floats, values: Floats) -> list[tuple[float, float]]:

@@ -14,12 +14,10 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-
 from pumice.core.files import write_atomic
 from pumice.core.images import open_image
 from pumice.eval.browser import Browser, script_hash
-from pumice.eval.charts import Point, interval_axis, interval_plot, loss_chart, running_mean
+from pumice.eval.charts import Band, Point, interval_axis, interval_plot, loss_figures
 from pumice.eval.metrics import Metrics
 from pumice.eval.scores import Scores
 from pumice.eval.yaml_colours import yaml_line
@@ -78,8 +76,8 @@ class ReportData:
     """Everything on the page. What is empty is left out of it.
 
     `verdict` "" means: write it from the scores. `curves` maps a stage to its (step, loss) points,
-    in the order of the stages. `facts` stand under the verdict. `costs` are the lines of the time
-    and memory table; the keys of the first one are the columns.
+    in the order of the stages, `bands` to where healthy runs lie. `facts` stand under the verdict.
+    `costs` are the lines of the time and memory table; the keys of the first are the columns.
     """
 
     title: str
@@ -87,6 +85,7 @@ class ReportData:
     verdict: str = ""
     about: str = ""
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    bands: Mapping[str, Band] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     tiling: Tiling | None = None
     recipe: str = ""
@@ -135,7 +134,7 @@ def write_report(path: Path, data: ReportData) -> None:
         _score_table(data.scores),
         data.published,
         data.categories,
-        _curves(data.curves),
+        _curves(data.curves, data.bands),
         _examples(data.examples),
         "" if data.browser is None else data.browser.section(),
         _tiling(data.tiling),
@@ -283,14 +282,8 @@ _LEGEND = """
 </ul>"""
 
 
-def _curves(curves: Mapping[str, Sequence[Point]]) -> str:
-    figures = []
-    for name, points in curves.items():
-        if chart := loss_chart(points, name):
-            figures.append(
-                f"<figure><figcaption><strong>{escape(name)}</strong>"
-                f"<span>{_curve_words(points)}</span></figcaption>{chart}</figure>"
-            )
+def _curves(curves: Mapping[str, Sequence[Point]], bands: Mapping[str, Band]) -> str:
+    figures = loss_figures(curves, bands)
     if not figures:
         return ""
     return _section(
@@ -299,11 +292,6 @@ def _curves(curves: Mapping[str, Sequence[Point]]) -> str:
         "bold their running mean.",
         f'<div class="curves">{"".join(figures)}</div>',
     )
-
-
-def _curve_words(points: Sequence[Point]) -> str:
-    smooth = running_mean(np.array([loss for _, loss in points], dtype=np.float64))
-    return f"{points[-1][0]:,} steps, {smooth[0]:.3g} → {smooth[-1]:.3g}"
 
 
 _ICON = '<svg viewBox="0 0 16 16" role="img" aria-label="{name}"><path d="{path}"/></svg>'

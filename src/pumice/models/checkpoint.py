@@ -129,16 +129,13 @@ def build_lmm(
     second copy. Without `copy` those that have the right type and device stay what `tensors` gave,
     for files views of the mapped file. Raises PumiceError and leaves no half-filled model.
     """
-    with _weightless():
-        lmm = LMM.from_config(config, attention=attention, init=False)
-        if quantize is not None:
-            quantize_language(lmm.language, quantize, fill=False)
+    lmm = empty_lmm(config, attention=attention, quantize=quantize)
     wanted = full_shapes(lmm)
     known = {name: shape_of(tensors, name) for name in tensors}
     _check_fit(
         source, {n: s if s is not None else wanted.get(n, ()) for n, s in known.items()}, wanted
     )
-    places = _places(lmm)
+    places = {id(p): found for p, found in parameter_places(lmm)}
     for name in tensors:
         tensor = tensors[name]
         if known[name] is None:
@@ -146,6 +143,20 @@ def build_lmm(
         _put(lmm, name, tensor.to(device, dtype, copy=copy), places)
     # What no file holds (positions, rotary tables) was computed when the model was built.
     return lmm.to(device).eval() if device is not None else lmm.eval()
+
+
+def empty_lmm(
+    config: LMMConfig, *, attention: str | None = None, quantize: Method | None = None
+) -> LMM:
+    """A model of `config` whose parameters take no memory and have yet to be put in their places.
+
+    Quantised layers have their (unset) codes.
+    """
+    with weightless():
+        lmm = LMM.from_config(config, attention=attention, init=False)
+        if quantize is not None:
+            quantize_language(lmm.language, quantize, fill=False)
+    return lmm
 
 
 def check_tensors(
@@ -160,12 +171,12 @@ def check_tensors(
 
 def model_shapes(config: LMMConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of every tensor that a model of `config` stores; nothing is computed."""
-    with _weightless():
+    with weightless():
         return full_shapes(LMM.from_config(config, init=False))
 
 
 @contextmanager
-def _weightless() -> Iterator[None]:
+def weightless() -> Iterator[None]:
     """New parameters take no memory; buffers are real, since files do not hold all of them."""
     register = nn.Module.register_parameter
 
@@ -182,13 +193,15 @@ def _weightless() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _places(lmm: LMM) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each parameter stands, by its identity; a tied one stands in several places."""
+def parameter_places(
+    lmm: LMM,
+) -> Iterator[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
+    """Each parameter and where it stands; one that is tied stands in several places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in lmm.modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places.setdefault(id(parameter), []).append((module, leaf))
-    return places
+    return ((parameter, places[id(parameter)]) for parameter in lmm.parameters())
 
 
 def _put(

@@ -41,7 +41,8 @@ class LanguageModel(nn.Module):
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         self.hidden_size: int = embeddings.weight.shape[1]
         self.vocab_size: int = embeddings.weight.shape[0]
-        self._plain_head: bool | None = None
+        self.plain_head: bool | None = None
+        """What `has_plain_head` has found; None before it was asked."""
 
     @classmethod
     def from_config(
@@ -157,9 +158,9 @@ class LanguageModel(nn.Module):
 
     def has_plain_head(self) -> bool:
         """Whether the loss may be computed a piece at a time; tried on the model the first time."""
-        if self._plain_head is None:
-            self._plain_head = has_plain_head(self)
-        return self._plain_head
+        if self.plain_head is None:
+            self.plain_head = has_plain_head(self)
+        return self.plain_head
 
     @contextmanager
     def _headless(self) -> Iterator[None]:

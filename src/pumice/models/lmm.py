@@ -299,7 +299,7 @@ class LMM(nn.Module):
         with self.looking_at(self.media(input_ids, features, position_ids, documents)):
             embeds = self.embed(input_ids, features)
             if self.always_looks and features is None:
-                embeds = embeds + 0.0 * self._blank_features().sum()
+                embeds = embeds + 0.0 * self.blank_features().sum()
             if targets is not None:
                 assert keep is not None
                 return self.language.loss(embeds, targets, keep, position_ids, documents)
@@ -360,7 +360,7 @@ class LMM(nn.Module):
             linears[-1].bias.mul_(factor)
         return factor
 
-    def _blank_features(self) -> torch.Tensor:
+    def blank_features(self) -> torch.Tensor:
         """float[1, Q, D] of a view without a picture, with the row end where there is one."""
         side = self.vision.image_size
         blank = torch.zeros(1, 3, side, side, device=self.device)

@@ -151,8 +151,7 @@ def attend_to_documents(language: LanguageModel) -> None:
         parts = torch.split(hidden, list(_CHECK), 1)
         alone = [language(part, _positions((part.shape[1],), part)) for part in parts]
         expected = torch.cat(alone, 1).float()
-        # For good, as a block recomputed in the backward pass asks for its attention again.
-        language.model.set_attn_implementation(NAME)  # type: ignore[operator]
+        use_document_attention(language)
         packed = language(hidden, _positions(_CHECK, hidden), documents=_CHECK).float()
     difference, size = float((packed - expected).abs().max()), float(expected.abs().max())
     allowed = _TOLERANCE.get(hidden.dtype, _COARSE) * size
@@ -165,6 +164,12 @@ def attend_to_documents(language: LanguageModel) -> None:
             f"null, or choose another language model (Llama, Qwen, Mistral, Gemma, Phi, OPT ... "
             f"keep them apart)."
         )
+
+
+def use_document_attention(language: LanguageModel) -> None:
+    """Let a decoder that was found fit, here or in another process, read packed rows."""
+    # For good, as a block recomputed in the backward pass asks for its attention again.
+    language.model.set_attn_implementation(NAME)  # type: ignore[operator]
 
 
 def _positions(lengths: Sequence[int], like: torch.Tensor) -> torch.Tensor:

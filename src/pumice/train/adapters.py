@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,13 +71,16 @@ def check_adapters(spec: StageSpec) -> None:
 
 def attach_adapters(lmm: LMM, lora: LoraTraining) -> None:
     """Quantises the language model if asked, and puts new adapters on it."""
+    from pumice.models.checkpoint import weightless
     from pumice.models.lora import add_lora
     from pumice.models.quantize import quantize_language, quantized_as
 
     # A model that came out of a checkpoint was quantised while it was read.
     if lora.quantize is not None and quantized_as(lmm.language) is None:
         quantize_language(lmm.language, lora.quantize)
-    add_lora(lmm.language, lora.spec())
+    # Adapters of a model that waits for its weights wait for theirs.
+    with weightless() if lmm.device.type == "meta" else nullcontext():
+        add_lora(lmm.language, lora.spec())
 
 
 def set_trained(lmm: LMM, part: str, trained: bool) -> int:

@@ -30,19 +30,42 @@ log = logging.getLogger(__name__)
 PARTS = ("vision", "connector", "language")
 
 
-def seed_everything(spec: StageSpec) -> None:
-    """Before anything is built: a connector's first weights belong to the seed."""
+def seed_everything(spec: StageSpec, rank: int = 0) -> None:
+    """Before anything is built: a connector's first weights belong to the seed.
+
+    They are those of rank 0; the others draw dropout alone, each its own.
+    """
     import numpy as np
     import torch
 
-    number = int(sha256_bytes(f"{spec.seed} {spec.name}".encode())[:8], 16)
+    number = (int(sha256_bytes(f"{spec.seed} {spec.name}".encode())[:8], 16) + rank) % 2**32
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number)
 
 
-def build_model(spec: StageSpec) -> tuple[LMM, bool]:
-    """The model a stage starts with, and whether new weights write its image tokens."""
+def build_model(spec: StageSpec, group: Processes = ALONE) -> tuple[LMM, bool]:
+    """The model a stage starts with, and whether new weights write its image tokens.
+
+    Of several processes the main one alone reads weights; the model of the others has none until
+    `SharedModel` deals them out, so that a machine holds it once and not once for each GPU.
+    """
+    from pumice.models.checkpoint import empty_lmm
+
+    made: list[LMM] = []
+
+    def build() -> tuple[LMMConfig, bool]:
+        lmm, new_output = _read_model(spec)
+        made.append(lmm)
+        return lmm.config, new_output
+
+    config, new_output = group.from_main(build)
+    if not made:
+        made.append(empty_lmm(config, quantize=None if spec.lora is None else spec.lora.quantize))
+    return made[0], new_output
+
+
+def _read_model(spec: StageSpec) -> tuple[LMM, bool]:
     from pumice.convert.adapter import load_checkpoint
     from pumice.convert.connector_weights import load_connector
     from pumice.models.lmm import LMM
@@ -200,7 +223,7 @@ def build_data(
         return build_loader(spec, processor, group), None
     split = split_sources([entry.open() for entry in spec.data], spec.validation.fraction)
     loader = build_loader(spec, processor, group, split.train)
-    return loader, Validator(spec.validation, processor, split.held, spec.max_tokens)
+    return loader, Validator(spec.validation, processor, split.held, spec.max_tokens, group)
 
 
 def match_connector_scale(lmm: LMM, loader: Loader) -> None:

@@ -7,11 +7,14 @@ import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from pumice.core.files import read_jsonl, write_atomic
+
+METRICS = "metrics.jsonl"
 
 
 def keep_until(path: Path, stage: str, step: int) -> None:
@@ -22,6 +25,13 @@ def keep_until(path: Path, stage: str, step: int) -> None:
     rows = list(read_jsonl(path, allow_cut_tail=True))
     kept = [lines[n - 1] for n, row in rows if row["stage"] != stage or row["step"] <= step]
     write_atomic(path, "".join(kept))
+
+
+def stage_rows(path: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage in a metrics.jsonl, none where there is no such file."""
+    if not path.is_file():
+        return []
+    return [row for _, row in read_jsonl(path, allow_cut_tail=True) if row["stage"] == stage]
 
 
 def peak_memory_bytes() -> int:

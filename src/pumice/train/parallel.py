@@ -5,13 +5,15 @@ and optimizer states are split over all processes and gathered while it computes
 head, connector and gated layers are one more unit, gathered for the whole of a forward and backward
 pass. A frozen vision backbone is whole in every process.
 
-What computes with a shared model calls `LMM.forward` (`loss`, `logits`), in all processes alike.
+What computes with a shared model calls `LMM.forward` (`loss`, `logits`), in all processes alike, or
+else does so within `computable`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from pumice.core.distributed import local_rank, world_size
 from pumice.core.errors import PumiceError
 from pumice.core.processes import ALONE, Processes
 from pumice.models.recompute import block_lists, checkpoint_blocks
+from pumice.train.dealing import Dealer
 
 if TYPE_CHECKING:
     from pumice.models.lmm import LMM
@@ -65,9 +68,9 @@ class SharedModel:
         _prepare_blocks(lmm, checkpointing, compiled, device.type)
         learns = {name for name in ("vision", "connector") if _learns(lmm.part(name))}
         lmm.always_looks = bool(learns)
-        # It computes with the model to find out, which later is for all processes alike to do.
-        lmm.language.has_plain_head()
-        _shard(lmm, device, group.size, whole_vision="vision" not in learns, half=self.half)
+        # It computes with the model to find out, which only the process that has it whole can.
+        lmm.language.plain_head = group.from_main(lmm.language.has_plain_head)
+        _shard(lmm, device, group, whole_vision="vision" not in learns, half=self.half)
 
     def whole(self) -> LMM | None:
         """In the main process the model with all its weights, in the others None; once, at the end.
@@ -109,26 +112,52 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+@contextmanager
+def computable(lmm: LMM) -> Iterator[None]:
+    """While it lasts, `lmm` may be computed with apart from `LMM.forward`, by all processes alike.
+
+    What is gathered for a whole forward pass is; blocks gather themselves.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    root: Any = lmm
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
+
+
 def _learns(part: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in part.parameters())
 
 
-def _shard(lmm: LMM, device: torch.device, size: int, *, whole_vision: bool, half: bool) -> None:
+def _shard(
+    lmm: LMM, device: torch.device, group: Processes, *, whole_vision: bool, half: bool
+) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (size,))
+    mesh = init_device_mesh(device.type, (group.size,))
     # Inputs keep their type: autocast says what is computed in bfloat16, as with one process.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    # One unit after the other is dealt out and split, so that no other process than the main one
+    # ever holds more than its share and one whole unit.
+    dealer = Dealer(lmm, group, device)
     if whole_vision:
-        lmm.vision.to(device)
+        dealer.deal(lmm.vision)
     for blocks in block_lists(lmm):
         for block in blocks:
+            dealer.deal(block)
             fully_shard(block, mesh=mesh, mp_policy=policy)
+    dealer.deal(lmm)
     left_out = set(lmm.vision.parameters()) if whole_vision else set()
     fully_shard(lmm, mesh=mesh, ignored_params=left_out)
     for module in lmm.modules():

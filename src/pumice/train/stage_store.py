@@ -18,13 +18,12 @@ from filelock import FileLock
 
 from pumice.core.files import JsonlWriter, read_jsonl
 from pumice.train.fingerprint import spec_fingerprint
-from pumice.train.metrics import keep_until
+from pumice.train.metrics import METRICS, keep_until, stage_rows
 
 if TYPE_CHECKING:
     from pumice.train.stages import StageResult, StageSpec
 
 log = logging.getLogger(__name__)
-_METRICS = "metrics.jsonl"
 _CHECKPOINT = "checkpoint"
 _DONE = "training.json"
 
@@ -51,7 +50,7 @@ class StageStore:
                 _take(kept, out, spec.name)
             result = train()
             if not kept.is_dir():
-                _keep(result.checkpoint, kept, _rows(out / _METRICS, spec.name))
+                _keep(result.checkpoint, kept, stage_rows(out / METRICS, spec.name))
         return result
 
 
@@ -61,16 +60,16 @@ def _keep(checkpoint: Path, kept: Path, rows: list[dict[str, Any]]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     _link_tree(checkpoint, part / _CHECKPOINT)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (part / _METRICS).write_text("".join(lines), encoding="utf-8")
+    (part / METRICS).write_text("".join(lines), encoding="utf-8")
     part.rename(kept)
 
 
 def _take(kept: Path, out: Path, name: str) -> None:
     """The stage and its lines of metrics.jsonl; a stopped own attempt at it makes room."""
     shutil.rmtree(out / f"{name}.states", ignore_errors=True)
-    keep_until(out / _METRICS, name, 0)
-    with JsonlWriter(out / _METRICS) as writer:
-        for _, row in read_jsonl(kept / _METRICS):
+    keep_until(out / METRICS, name, 0)
+    with JsonlWriter(out / METRICS) as writer:
+        for _, row in read_jsonl(kept / METRICS):
             writer.write(row)
     # training.json says that a stage is finished, so the directory comes whole and last.
     part = out / f"{name}.part"
@@ -91,9 +90,3 @@ def _link_tree(source: Path, target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, target, copy_function=place)
-
-
-def _rows(metrics: Path, stage: str) -> list[dict[str, Any]]:
-    if not metrics.is_file():
-        return []
-    return [row for _, row in read_jsonl(metrics, allow_cut_tail=True) if row["stage"] == stage]

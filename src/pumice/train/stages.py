@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pumice.models.feature_cache import FeatureCache
     from pumice.models.lmm import LMM
     from pumice.processing.processor import Processor
+    from pumice.train.run_log import Following
     from pumice.train.validation import ValidationSpec
 
 log = logging.getLogger(__name__)
@@ -138,41 +139,46 @@ def run_stage(
     resume: bool = True,
     features: FeatureCache | None = None,
     group: Processes = ALONE,
+    following: Following | None = None,
 ) -> StageResult:
     """Train one stage into `out/<name>` and give its checkpoint there.
 
     A finished stage with the same spec is not run again; a stopped one goes on where it stopped
     (`resume=False` starts over). What a frozen vision backbone gives is kept in `features`; that
-    changes the time a stage takes, and nothing else. Several processes call it together, and the
-    main one writes the files.
+    changes the time a stage takes, and nothing else. `following` says who looks at its losses.
+    Several processes call it together, and the main one writes the files.
     """
     checkpoint = out / spec.name
     fingerprint, done = group.from_main(lambda: _known(spec, checkpoint, resume=resume))
     if done:
         log.info("stage %s is complete in %s", spec.name, checkpoint)
         return done
-    from pumice.models.packed_attention import attend_to_documents
+    from pumice.models.packed_attention import attend_to_documents, use_document_attention
     from pumice.train.parallel import SharedModel
     from pumice.train.trainer import Trainer
 
     check_adapters(spec)
-    seed_everything(spec)
-    lmm, new_output = build_model(spec)
+    seed_everything(spec, group.rank)
+    lmm, new_output = build_model(spec, group)
     processor = build_processor(spec, lmm)
     with group.main_first():
         loader, validator = build_data(spec, processor, group)
     if new_output:
-        match_connector_scale(lmm, loader)
+        group.from_main(lambda: match_connector_scale(lmm, loader))
     if spec.lora is not None:
         attach_adapters(lmm, spec.lora)
     set_trainable(lmm, spec)
     if spec.packing is not None:
-        attend_to_documents(lmm.language)
+        group.from_main(lambda: attend_to_documents(lmm.language))
+        use_document_attention(lmm.language)
     before = weight_hashes(lmm, PARTS) if group.is_main else {}
     model = SharedModel(lmm, group, checkpointing=spec.checkpointing, compiled=spec.compile)
     if "vision" not in spec.train:
         lmm.vision.use_cache(features)
-    trainer = Trainer(spec, model, loader, out, fingerprint=fingerprint, validator=validator)
+    trainer = Trainer(
+        spec, model, loader, out,
+        fingerprint=fingerprint, validator=validator, following=following,
+    )  # fmt: skip
     start = time.monotonic()
     report = trainer.run(resume=resume)
     trained = model.whole()
@@ -180,8 +186,7 @@ def run_stage(
     def finish() -> StageResult:
         assert trained is not None
         result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - start, **report)
-        record = {"validation": trainer.validated} if validator is not None else {}
-        _finish(spec, out, trained, before, result, fingerprint, processor, loader, record)
+        _finish(spec, out, trained, before, result, fingerprint, processor, loader, trainer.record)
         return result
 
     result = group.from_main(finish)

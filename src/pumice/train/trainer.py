@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pumice.core.errors import PumiceError
-from pumice.core.files import JsonlWriter, write_json
+from pumice.core.files import write_json
 from pumice.core.progress import Progress, progress
-from pumice.train.metrics import keep_until, peak_memory_bytes
+from pumice.train.metrics import peak_memory_bytes
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from pumice.train.parallel import SharedModel, whole_tensor
+from pumice.train.run_log import Following, RunLog
 from pumice.train.state import States
 from pumice.train.validation import warning
 from pumice.train.watchdog import Watchdog
@@ -50,6 +51,7 @@ class Trainer:
         *,
         fingerprint: str,
         validator: Validator | None = None,
+        following: Following | None = None,
     ) -> None:
         self.spec, self.lmm, self.loader, self.out = spec, model.lmm, loader, out
         self.group = model.group
@@ -62,8 +64,9 @@ class Trainer:
         self.states = States(folder, self.lmm, self.optimizer, fingerprint, self.group)
         self.autocast = model.half
         self.validator = validator
-        self.validated: dict[str, Any] | None = None
-        """What the last look at the held-out rows found."""
+        self.following = following or Following()
+        self.record: dict[str, Any] = {}
+        """For training.json: the last look at the held-out rows, where the loss left its band."""
         self.supervised = 0
         self.losses: list[float] = []
         self._stop = False
@@ -75,17 +78,15 @@ class Trainer:
         start = self.states.load()
         if start:
             log.info("stage %s goes on after step %d", self.spec.name, start)
-        metrics = self.out / "metrics.jsonl"
-        if self.group.is_main:
-            keep_until(metrics, self.spec.name, start)
         previous = _on_sigterm(self._ask_to_stop)
         try:
             with (
                 self.group.others_there(),
-                JsonlWriter(metrics) if self.group.is_main else nullcontext() as writer,
+                self._run_log(start) as rows,
                 progress(self.total - start, self.spec.name) as bar,
             ):
-                self._steps(start, writer, bar)
+                self._steps(start, rows, bar)
+                self.record |= {} if rows is None else rows.summary()
         finally:
             self.states.close()
             if previous is not None:
@@ -99,11 +100,20 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
+    def _run_log(self, start: int) -> AbstractContextManager[RunLog | None]:
+        """What the main process writes; a stage that goes on counts on."""
+        if not self.group.is_main:
+            return nullcontext()
+        rows = RunLog(self.out, self.spec, start, self.following)
+        self.supervised = sum(row["supervised"] for row in rows.earlier)
+        self.losses = [row["loss"] for row in rows.earlier]
+        return rows
+
     def discard_states(self) -> None:
         """After the checkpoint is safe, the states have done their work."""
         self.states.discard()
 
-    def _steps(self, start: int, writer: JsonlWriter | None, bar: Progress) -> None:
+    def _steps(self, start: int, rows: RunLog | None, bar: Progress) -> None:
         steps = iter(self.loader.iterate(start, self.total - start))
         record = self.out / f"{self.spec.name}.stuck.rank-{self.group.rank}.json"
         with Watchdog(
@@ -120,19 +130,19 @@ class Trainer:
                 except torch.OutOfMemoryError as error:
                     raise self._out_of_memory(step, batches) from error
                 if self.validator is not None and self.validator.due(step + 1, self.total):
-                    watchdog.at(step, "validating", list)
+                    watchdog.at(step, "validating", self.validator.names)
                     row["validation"] = self._validate(self.validator, step + 1)
                 now = time.monotonic()
                 row |= {"seconds": round(now - clock, 4), "data_seconds": round(waited, 4)}
                 clock = now
-                if writer is not None:
-                    writer.write(row)
+                if rows is not None:
+                    rows.write(row)
                 bar.update(1, loss=row["loss"])
                 self._keep(step + 1)
 
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         figures = validator(self.lmm, done, self.total, self.spec.warmup, self.autocast)
-        self.validated = {"step": done, **figures}
+        self.record["validation"] = {"step": done, **figures}
         if figures["image_not_used"]:
             log.warning(warning(self.spec.name, figures))
         return figures

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn import functional as F
 
 from pumice.core.images import open_image
+from pumice.core.processes import ALONE, Processes
 from pumice.core.types import ImagePart, Message, Sample, TextPart
 from pumice.data.held_out import Subset, image_key
 from pumice.data.mixture import shuffled
+from pumice.infer.decoder import AnyDecoder, Chunk
 from pumice.models.modes import evaluating
-from pumice.processing.collate import Batch, collate
+from pumice.processing.collate import collate
+from pumice.train.parallel import computable
 
 if TYPE_CHECKING:
     from pumice.models.lmm import LMM
     from pumice.processing.processor import Processor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _BATCH = 8
 # Nats per supervised token; a gap below it, or within two standard errors of zero, is none.
 _LEAST_GAP = 0.01
@@ -50,13 +54,23 @@ class Validator:
     """The held-out rows of a stage and what is asked of them."""
 
     def __init__(
-        self, spec: ValidationSpec, processor: Processor, held: Sequence[Subset], max_tokens: int
+        self,
+        spec: ValidationSpec,
+        processor: Processor,
+        held: Sequence[Subset],
+        max_tokens: int,
+        group: Processes = ALONE,
     ) -> None:
         self.spec, self.processor, self.max_tokens = spec, processor, max_tokens
+        self.group = group
         places = [(source, row) for source, part in enumerate(held) for row in range(len(part))]
         order = shuffled(len(places), "validation")[: spec.rows].tolist()
         self.samples = [held[s][r] for s, r in (places[n] for n in order)]
         self.exchanged = _exchanged(self.samples)
+
+    def names(self) -> list[str]:
+        """The ids of the rows that are looked at."""
+        return [sample.id for sample in self.samples]
 
     def due(self, done: int, total: int) -> bool:
         """Whether the model is looked at after so many steps."""
@@ -65,16 +79,25 @@ class Validator:
     def __call__(
         self, lmm: LMM, done: int, total: int, warmup: float, half: bool
     ) -> dict[str, Any]:
-        """The figures after `done` of `total` steps; all processes compute them alike."""
+        """The figures after `done` of `total` steps: each process computes a share, all get all."""
+        pairs = [n for n, other in enumerate(self.exchanged) if other is not None]
         with (
             evaluating(lmm),
             torch.no_grad(),
             torch.autocast(lmm.device.type, dtype=torch.bfloat16, enabled=half),
         ):
-            own = list(self._losses(lmm, self.samples))
-            pairs = [n for n, sample in enumerate(self.exchanged) if sample is not None]
-            other = list(self._losses(lmm, [s for s in self.exchanged if s is not None]))
-            probe = [self._asked(lmm, sample) for sample in self.samples[: self.spec.probes]]
+            own = self._shared(
+                range(len(self.samples)),
+                lambda share: self._losses(lmm, [self.samples[n] for n in share]),
+            )
+            other = self._shared(
+                pairs, lambda share: self._losses(lmm, [self._other(n) for n in share])
+            )
+            with computable(lmm):
+                probe = self._shared(
+                    range(len(self.samples))[: self.spec.probes],
+                    lambda share: [self._asked(lmm, self.samples[n]) for n in share],
+                )
         figures = {
             "loss": sum(loss for loss, _ in own) / sum(count for _, count in own),
             "rows": len(own),
@@ -85,8 +108,29 @@ class Validator:
         figures["image_not_used"] = judged and unused(figures)
         return figures
 
-    def _losses(self, lmm: LMM, samples: Sequence[Sample]) -> Iterator[tuple[float, int]]:
+    def _shared(
+        self, places: Sequence[int], compute: Callable[[Sequence[int]], list[T]]
+    ) -> list[T]:
+        """What `compute` gives for the places, in their order; each process computes a share.
+
+        All shares are of one length, by repeats: what is shared out is computed with together.
+        """
+        rank, size = self.group.rank, self.group.size
+        rounds = range(math.ceil(len(places) / size))
+        found = self.group.gather(
+            compute([places[(size * n + rank) % len(places)] for n in rounds])
+        )
+        return [found[n % size][n // size] for n in range(len(places))]
+
+    def _other(self, place: int) -> Sample:
+        """The sample with the image of another one."""
+        other = self.exchanged[place]
+        assert other is not None
+        return _with_image(self.samples[place], other)
+
+    def _losses(self, lmm: LMM, samples: Sequence[Sample]) -> list[tuple[float, int]]:
         """Summed cross entropy and supervised tokens of each sample."""
+        found = []
         for start in range(0, len(samples), _BATCH):
             encoded = [
                 self.processor.encode(sample, self.max_tokens)
@@ -97,26 +141,47 @@ class Validator:
             targets = batch.labels[:, 1:]
             logits = lmm.logits(batch).float()
             losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
-            for part in torch.split(losses, counts):
-                yield float(part.sum()), len(part)
+            found += [(float(part.sum()), len(part)) for part in torch.split(losses, counts)]
+        return found
 
     def _asked(self, lmm: LMM, sample: Sample) -> dict[str, str]:
         """A sample's first question, its answer, and the likeliest tokens the model says."""
         turn = next(n for n, message in enumerate(sample.messages) if message.role == "assistant")
-        prompt = self.processor.encode_prompt(sample.messages[:turn], where=sample.id)
-        batch = collate([prompt], self.processor.pad_id).to(lmm.device)
-        ends, said = set(self.processor.end_token_ids), list[int]()
-        while len(said) < _NEW_TOKENS:
-            token = int(_next_logits(lmm, batch).argmax())
-            if token in ends:
-                break
-            said.append(token)
-            batch = _longer(batch, token)
+        said = self._said(lmm, sample.messages[:turn], sample.id)
         question = next((m.text for m in reversed(sample.messages[:turn]) if m.role == "user"), "")
         return {
             "id": sample.id, "question": question.strip(), "wanted": sample.messages[turn].text,
             "said": self.processor.decode(said),
         }  # fmt: skip
+
+    def _said(self, lmm: LMM, messages: Sequence[Message], where: str) -> list[int]:
+        """The likeliest tokens after a prompt, until all processes' answers have ended."""
+        prompt = self.processor.encode_prompt(messages, where=where)
+        batch = collate([prompt], self.processor.pad_id).to(lmm.device)
+        features = None
+        if len(batch.pixel_values):
+            features = lmm.encode_images(batch.pixel_values, batch.image_sizes, batch.instruction)
+        elif lmm.always_looks:
+            lmm.blank_features()
+        media = lmm.media(batch.input_ids, features)
+        decoder = AnyDecoder(lmm)
+        cache = decoder.cache()
+        embeds = lmm.embed(batch.input_ids, features)[0]
+        [logits] = decoder.read([Chunk(embeds, 0, cache, media, ends=True)])
+        media = media and media.after()
+        length, ends, said = len(embeds), set(self.processor.end_token_ids), list[int]()
+        limit = min(_NEW_TOKENS, lmm.language.max_positions - length)
+        over = False
+        while True:
+            token = int(logits.argmax())
+            over = over or len(said) == limit or token in ends
+            if not over:
+                said.append(token)
+            if self.group.sum(not over) == [0]:
+                return said
+            # A position that is there also for an answer that is over and waits for the others'.
+            place = min(length + len(said) - 1, lmm.language.max_positions - 1)
+            [logits] = decoder.step([token], [place], cache, media)
 
 
 def gap_of(own: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]]) -> dict[str, Any]:
@@ -149,11 +214,8 @@ def warning(stage: str, figures: dict[str, Any]) -> str:
     )
 
 
-def _exchanged(samples: Sequence[Sample]) -> list[Sample | None]:
-    """Each sample with another one's image, brought to its own size; None without an image.
-
-    The size stays, as tiled images get as many tokens as their size asks for.
-    """
+def _exchanged(samples: Sequence[Sample]) -> list[ImagePart | None]:
+    """For each sample the image of another one; None for a sample without an image."""
     shown = [sample for sample in samples if sample.images]
     by_key = {image_key(sample.images[0]): sample.images[0] for sample in shown}
     keys = sorted(by_key)
@@ -161,14 +223,16 @@ def _exchanged(samples: Sequence[Sample]) -> list[Sample | None]:
     if len(keys) < 2:
         return [None] * len(samples)
     return [
-        _with_image(sample, by_key[following[image_key(sample.images[0])]])
-        if sample.images
-        else None
+        by_key[following[image_key(sample.images[0])]] if sample.images else None
         for sample in samples
     ]
 
 
 def _with_image(sample: Sample, other: ImagePart) -> Sample:
+    """The sample with that image in place of each of its own, brought to their size.
+
+    The size stays, as tiled images get as many tokens as their size asks for.
+    """
     where = f"sample {sample.id!r} of the validation rows"
     strange = open_image(other.image, where=where)
 
@@ -182,23 +246,3 @@ def _with_image(sample: Sample, other: ImagePart) -> Sample:
         for message in sample.messages
     )
     return replace(sample, messages=messages)
-
-
-def _next_logits(lmm: LMM, batch: Batch) -> torch.Tensor:
-    keep = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    keep[:, -1] = True
-    logits: torch.Tensor = lmm(
-        batch.input_ids,
-        position_ids=batch.position_ids,
-        pixel_values=batch.pixel_values,
-        keep=keep,
-        image_sizes=batch.image_sizes,
-        instruction=batch.instruction,
-    )
-    return logits[0]
-
-
-def _longer(batch: Batch, token: int) -> Batch:
-    ids = F.pad(batch.input_ids, (0, 1), value=token)
-    places = torch.arange(ids.shape[1], device=ids.device)[None]
-    return replace(batch, input_ids=ids, position_ids=places)
