@@ -34,7 +34,7 @@ QUESTIONS = (
     "Describe the image in detail.",
     "How many shapes are there?",
 )
-SAMPLES = 12
+SAMPLES = 48
 
 
 def main() -> None:
@@ -108,9 +108,23 @@ def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:
             "p90": round(cuts[89], 2),
             "p99": round(cuts[98], 2),
         },
-        "resident_megabytes": memory,
-        "kept_for_later_megabytes": kept,
+        "second_half_megabytes_per_minute": growth(memory[SAMPLES // 2 :], seconds / SAMPLES / 60),
+        "resident_megabytes": memory[3::4],
+        "kept_for_later_megabytes": kept[3::4],
     }
+
+
+def growth(memory: list[int], minutes: float) -> dict[str, float]:
+    """The slope of samples so many minutes apart, and twice its standard error.
+
+    The first half of a run is its warm-up: what is kept fills up, and kernels are compiled.
+    """
+    times = [minutes * place for place in range(len(memory))]
+    slope, start = statistics.linear_regression(times, memory)
+    apart = [value - start - slope * time for time, value in zip(times, memory, strict=True)]
+    spread = len(memory) * statistics.pvariance(times)
+    error = (sum(one * one for one in apart) / (len(memory) - 2) / spread) ** 0.5
+    return {"slope": round(slope, 2), "plus_or_minus": round(2 * error, 2)}
 
 
 def ask_http(url: str) -> Any:

@@ -17,7 +17,9 @@ from pumice.infer.online import Online
 from pumice.infer.plain_decoder import FAMILIES, PlainDecoder, best_decoder
 from pumice.infer.scheduler import Limits
 from pumice.models.language import LanguageModel
+from pumice.models.live_adapter import keep_adapter
 from pumice.models.lmm import LMM
+from pumice.models.lora import Adapter
 from pumice.models.quantize import METHODS, pack_for_cpu, quantize_language
 from pumice.processing.processor import Processor
 from small_requests import Recorder, mixed
@@ -149,6 +151,38 @@ def test_quantised_layers_are_used_as_they_are(lmm: LMM, processor: Processor, m
     slow.scheduler(Limits(1))
     slow._decoder = AnyDecoder(lmm)
     assert slow.generate(requests) == results
+
+
+@pytest.mark.parametrize("method", [None, "int8"])
+def test_a_kept_adapter_is_in_the_copies_where_they_can_hold_it(
+    lmm: LMM, processor: Processor, pictures: Path, method: Any
+) -> None:
+    layers = [name for name, layer in lmm.language.model.named_modules()
+              if isinstance(layer, torch.nn.Linear) and "lm_head" not in name]  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    pairs = {
+        f"{name}.weight": (
+            torch.randn(4, layer.in_features, generator=draw),
+            torch.randn(layer.out_features, 4, generator=draw),
+        )
+        for name in layers[::2]
+        if (layer := lmm.language.model.get_submodule(name))
+    }
+    requests = mixed(pictures)
+    without = Engine(lmm, processor, 4).generate(requests)
+    if method is not None:
+        quantize_language(lmm.language, method)
+        pack_for_cpu(lmm.language)
+    keep_adapter(lmm.language, Adapter(0.1, pairs), torch.float32)
+    kept = [p.clone() for p in lmm.language.parameters()]
+    assert isinstance(best_decoder(lmm), PlainDecoder if method is None else AnyDecoder)
+    fast = Engine(lmm, processor, 4).generate(requests)
+    slow = Engine(lmm, processor, 4)
+    slow.scheduler(Limits(1))
+    slow._decoder = AnyDecoder(lmm)
+    assert slow.generate(requests) == fast != without
+    # The base itself is what it was.
+    assert all(map(torch.equal, kept, lmm.language.parameters()))
 
 
 @pytest.mark.parametrize(

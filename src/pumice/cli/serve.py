@@ -25,9 +25,9 @@ from pumice.core.errors import PumiceError
 
 _KEY = "PUMICE_API_KEY"
 _MEBIBYTE = 2**20
-# oneDNN keeps what it compiles for each number of rows it meets, 0.1 MB a product. Its own bound of
+# oneDNN keeps what it compiles for each number of rows it meets, 0.2 MB a product. Its own bound of
 # 1024 is reached in hours, which looks like a leak; so many are enough for every step of a batch.
-_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def _option(name: str, text: str, least: int | None = None) -> typer.models.OptionInfo:

@@ -28,8 +28,8 @@ from pumice.infer.one_row import OneRow
 from pumice.infer.plain_blocks import Block, block_of
 from pumice.infer.products import Norm, product
 from pumice.models.cross_attention import Media
+from pumice.models.live_adapter import kept_on_plain_weights
 from pumice.models.lmm import LMM
-from pumice.models.lora import has_lora
 from pumice.models.quantize import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -206,8 +206,8 @@ def _fits(lmm: LMM) -> bool:
     modules = list(language.model.modules())
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return False  # someone listens to, or changes, what the blocks say
-    if has_lora(language):
-        return False  # the changes of adapters stand beside the weights, not in them
+    if not kept_on_plain_weights(language):
+        return False  # adapters that no copy of the weights can hold
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
         return False

@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from pumice.core.errors import PumiceError
 from pumice.models.language import LanguageModel
-from pumice.models.lora import Adapter
+from pumice.models.lora import Adapter, adapter_parameters, merged_weight
 from pumice.models.quantize import QuantizedLinear
 
 
 class AdaptedLinear(nn.Module):
     """float[..., I] -> float[..., O]: the layer's own output and scaling * B @ (A @ x).
 
-    Its tensors bear the names that peft gives them: `base_layer`, `lora_A`, `lora_B`.
+    Its tensors bear the names that peft gives them: `base_layer`, `lora_A`, `lora_B`. To who reads
+    it as a linear layer, `weight` is both together, made anew at each look.
     """
 
     def __init__(
@@ -34,11 +35,42 @@ class AdaptedLinear(nn.Module):
         self.lora_A = nn.Parameter(a.to(device, dtype), requires_grad=False)
         self.lora_B = nn.Parameter(b.to(device, dtype), requires_grad=False)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """float[O, I]: what merging would make of the base's; the base stays as it is."""
+        return merged_weight(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """float[O], which no adapter changes."""
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.base_layer.out_features
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """float[..., I] -> float[..., O]."""
         change = F.linear(F.linear(input, self.lora_A.to(input.dtype)), self.lora_B.to(input.dtype))
         output: torch.Tensor = self.base_layer(input)
         return output + self.scaling * change
+
+
+def kept_on_plain_weights(language: LanguageModel) -> bool:
+    """Whether every adapter is kept beside a weight in full precision: a copy can hold both.
+
+    True without adapters; False for those in training, which peft puts on.
+    """
+    kept = [module for module in language.modules() if isinstance(module, AdaptedLinear)]
+    if any(isinstance(layer.base_layer, QuantizedLinear) for layer in kept):
+        return False
+    return len(list(adapter_parameters(language))) == 2 * len(kept)
 
 
 def keep_adapter(language: LanguageModel, adapter: Adapter, dtype: torch.dtype) -> None:
