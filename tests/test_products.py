@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pumice.infer import products
 from pumice.infer.byte_rows import ByteRows
+from pumice.infer.pages import Pages, empty_like
 from pumice.infer.products import Norm, Quantized, product
 from pumice.models.quantize import QuantizedLinear
 
@@ -30,7 +31,10 @@ def test_a_product_is_that_of_its_layers(
     x, plus = torch.randn(rows, 48), torch.randn(rows, sum(sizes))
     said = torch.cat([layer(x) for layer in layers], -1)
     kept = x.clone(), plus.clone()
-    for wanted, made in ((said, product(layers)), (said[:, order], product(layers, order))):
+    for wanted, made in (
+        (said, product(layers, Pages())),
+        (said[:, order], product(layers, Pages(), order)),
+    ):
         torch.testing.assert_close(made(x), wanted)
         torch.testing.assert_close(made(x, plus), wanted + plus)
         for alone, added, row in zip(x.numpy(), plus.numpy(), wanted, strict=True):
@@ -75,11 +79,11 @@ def test_a_row_of_eight_bits_is_that_of_the_weights_they_stand_for(
     x, plus = 40 * torch.randn(48), torch.randn(sum(sizes))
     wanted = torch.cat([F.linear(x, layer.dequantized(), layer.bias) for layer in layers])
     wanted = wanted if order is None else wanted[order]
-    made = product(layers, order)
+    made = product(layers, Pages(), order)
     assert isinstance(made, Quantized) == (worth == 0)
     for copies in (True, False):
         close = {"rtol": 1e-5, "atol": 1e-3} if copies else {"rtol": 1e-3, "atol": 0.3}
-        made = product(layers, order, copies)
+        made = product(layers, Pages(), order, copies)
         torch.testing.assert_close(torch.from_numpy(made.one(x.numpy())), wanted, **close)
         found = torch.from_numpy(made.one(x.numpy(), plus.numpy()))
         torch.testing.assert_close(found, wanted + plus, **close)
@@ -87,8 +91,21 @@ def test_a_row_of_eight_bits_is_that_of_the_weights_they_stand_for(
 
 def test_a_row_of_eight_bits_needs_no_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_WORTH_BYTES", 0)
-    monkeypatch.setattr(ByteRows, "of", lambda layer: None)
+    monkeypatch.setattr(ByteRows, "of", lambda layer, pages: None)
     [layer] = eight_bits((24,), False)
     x = torch.randn(48)
-    found = torch.from_numpy(product([layer]).one(x.numpy()))
+    found = torch.from_numpy(product([layer], Pages()).one(x.numpy()))
     torch.testing.assert_close(found, F.linear(x, layer.dequantized()), rtol=1e-3, atol=1e-2)
+
+
+def test_what_lies_in_pages_is_apart_and_aligned() -> None:
+    pages = Pages()
+    shapes = [(3, 5), (1 << 20, 9), (7,), (2, 4, 8)]
+    made = [pages.copy(torch.full(shape, float(n))) for n, shape in enumerate(shapes)]
+    made.append(empty_like(made[0], (6, 6)).fill_(4.0))
+    for number, (tensor, shape) in enumerate(zip(made, [*shapes, (6, 6)], strict=True)):
+        assert tensor.shape == shape and tensor.data_ptr() % 64 == 0
+        assert torch.equal(tensor, torch.full(shape, float(number)))
+    assert empty_like(made[0].bfloat16(), (2, 0, 3)).shape == (2, 0, 3)
+    flipped = torch.randn(4, 6).t()
+    assert torch.equal(pages.copy(flipped), flipped) and pages.copy(flipped).is_contiguous()

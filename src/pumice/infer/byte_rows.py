@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pumice.infer.pages import Pages
 from pumice.models.quantize import QuantizedLinear
 
 # Outputs that the kernel adds up in registers while it goes through the inputs.
@@ -25,14 +26,18 @@ _MIDDLE = 128
 class ByteRows:
     """The weights of one int8 layer in strips, each inputs by outputs."""
 
-    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, pages: Pages
+    ) -> None:
         outputs, inputs = codes.shape
         strips = -(-outputs // _STRIP)
         whole = torch.full((strips * _STRIP, inputs), _MIDDLE, dtype=torch.uint8)
         whole[:outputs] = (codes.to(torch.int16) + _MIDDLE).to(torch.uint8)
-        rows = whole.view(strips, _STRIP, inputs).transpose(1, 2).reshape(-1, _STRIP)
-        ends = torch.tensor([1.0, -_MIDDLE]).view(torch.uint8).expand(len(rows), -1)
-        self._table = torch.cat([rows, ends], 1)
+        ends = torch.tensor([1.0, -_MIDDLE]).view(torch.uint8)
+        self._table = pages.empty((strips * inputs, _STRIP + len(ends)), torch.uint8)
+        table = self._table.view(strips, inputs, -1)
+        table[..., :_STRIP] = whole.view(strips, _STRIP, inputs).transpose(1, 2)
+        table[..., _STRIP:] = ends
         self._index = torch.arange(strips * inputs, dtype=torch.int32)
         self._starts = torch.arange(0, strips * inputs, inputs, dtype=torch.int32)
         self._given = torch.empty(strips * inputs)
@@ -41,11 +46,11 @@ class ByteRows:
         self._bias = None if bias is None else bias.detach().float().numpy()
 
     @classmethod
-    def of(cls, layer: QuantizedLinear) -> Self | None:
+    def of(cls, layer: QuantizedLinear, pages: Pages) -> Self | None:
         """The same weights again; None where this torch has no such kernel."""
         if not hasattr(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"):
             return None
-        return cls(layer.codes, layer.scale, layer.bias)
+        return cls(layer.codes, layer.scale, layer.bias, pages)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """float[I] -> float[O]."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pumice.infer.pages import Pages
 from pumice.infer.products import Norm, Product, product
 
 
@@ -27,7 +28,7 @@ class Block:
     key_norm: Norm | None
 
 
-def block_of(layer: Any, copies: bool) -> Block:
+def block_of(layer: Any, pages: Pages, copies: bool) -> Block:
     """A block of transformers'; quantised weights are copied with `copies` alone."""
     attention, feed = layer.self_attn, layer.mlp
     pairs = _pairs(attention.head_dim)
@@ -38,11 +39,11 @@ def block_of(layer: Any, copies: bool) -> Block:
     normed = hasattr(attention, "q_norm")
     return Block(
         norm=Norm(layer.input_layernorm),
-        qkv=product(linears, order.to(linears[0].weight.device), copies),
-        out=product([attention.o_proj], copies=copies),
+        qkv=product(linears, pages, order.to(linears[0].weight.device), copies),
+        out=product([attention.o_proj], pages, copies=copies),
         feed_norm=Norm(layer.post_attention_layernorm),
-        gate_up=product([feed.gate_proj, feed.up_proj], copies=copies),
-        down=product([feed.down_proj], copies=copies),
+        gate_up=product([feed.gate_proj, feed.up_proj], pages, copies=copies),
+        down=product([feed.down_proj], pages, copies=copies),
         activation=feed.act_fn.forward,
         scaling=attention.scaling,
         query_norm=Norm(attention.q_norm, pairs) if normed else None,

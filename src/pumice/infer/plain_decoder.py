@@ -25,6 +25,7 @@ from pumice.infer.attending import Attending, OneByOne, SideBySide, attention, k
 from pumice.infer.cache import StackedCache
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.infer.one_row import OneRow
+from pumice.infer.pages import Pages
 from pumice.infer.plain_blocks import Block, block_of
 from pumice.infer.products import Norm, product
 from pumice.models.cross_attention import Media
@@ -54,9 +55,10 @@ class PlainDecoder:
         self._heads: int = config.num_attention_heads
         self._key_heads: int = config.num_key_value_heads
         copies = _copied_bytes(lmm.language.model) <= _MOST_BYTES
-        self._blocks = [block_of(layer, copies) for layer in model.model.layers]
+        pages = Pages()
+        self._blocks = [block_of(layer, pages, copies) for layer in model.model.layers]
         self._norm = Norm(model.model.norm)
-        self._head = product([model.lm_head], copies=copies)
+        self._head = product([model.lm_head], pages, copies=copies)
         self._width: int = model.model.layers[0].self_attn.head_dim
         self._like = self._table.new_empty(self._key_heads, 0, self._width)
         self._turns = torch.empty(0)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pumice.infer.byte_rows import ByteRows
+from pumice.infer.pages import Pages
 from pumice.models.quantize import QuantizedLinear, merged
 
 Row = NDArray[np.float32]
@@ -43,26 +44,28 @@ class Product(Protocol):
 class Dense:
     """Plain linear layers, float[O', I] each; `order` says which output of all stands where.
 
-    On the CPU two copies of the weights are made: for one row and at least as many outputs as
-    inputs the weights as inputs by outputs, which comes from memory at nearly twice the speed, and
-    for several rows oneDNN's own blocks, up to twice as fast as the product that `F.linear` takes
-    for few rows.
+    On the CPU two copies of the weights are made. One row reads large pages, and with at least as
+    many outputs as inputs the weights as inputs by outputs, which comes from memory at nearly twice
+    the speed; several rows read oneDNN's own blocks, up to twice as fast as the product that
+    `F.linear` takes for few rows.
     """
 
     def __init__(
         self,
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor],
-        order: torch.Tensor | None = None,
+        order: torch.Tensor | None,
+        pages: Pages,
     ) -> None:
         weight = _together(weights, order)
         self._bias = _together(biases, order) if biases else None
         self._wide = weight.shape[0] >= weight.shape[1]
-        self._weight = weight.t().contiguous() if self._wide else weight.t()
+        held = pages.copy(weight.t() if self._wide else weight)
+        self._weight = held if self._wide else held.t()
         self._blocks = _blocks(weight)
         self._few = max(1, _WORTH_A_CALL // weight.numel())
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            self._matrix = self._weight.numpy() if self._wide else weight.numpy()
+            self._matrix = held.numpy()
             self._added = None if self._bias is None else self._bias.numpy()
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
@@ -89,23 +92,23 @@ class Dense:
 class Quantized:
     """Quantised linear layers, their outputs side by side, in `order` if given.
 
-    With `copies` int8 layers are held once more as one, and again in the order that a single row
-    reads fastest.
+    With `pages` int8 layers are held once more as one, and again, in those, in the order that a
+    single row reads fastest.
     """
 
     def __init__(
         self,
         layers: Sequence[QuantizedLinear],
-        order: torch.Tensor | None = None,
-        copies: bool = True,
+        order: torch.Tensor | None,
+        pages: Pages | None,
     ) -> None:
         self._rows = None
-        if copies and all(layer.packed_int8 for layer in layers):
+        if pages is not None and all(layer.packed_int8 for layer in layers):
             if len(layers) > 1:
                 every = torch.arange(sum(layer.out_features for layer in layers))
                 layers, order = [merged(layers, every if order is None else order)], None
             if order is None:
-                self._rows = ByteRows.of(layers[0])
+                self._rows = ByteRows.of(layers[0], pages)
         self._layers = layers
         self._order = order
 
@@ -166,21 +169,24 @@ class Norm:
 
 
 def product(
-    layers: Sequence[nn.Linear], order: torch.Tensor | None = None, copies: bool = True
+    layers: Sequence[nn.Linear],
+    pages: Pages,
+    order: torch.Tensor | None = None,
+    copies: bool = True,
 ) -> Product:
     """The quickest product of these layers; output `order[k]` of all of them comes k-th.
 
-    Plain layers are copied in any case, quantised ones with `copies` alone. Few int8 weights are
-    held as the float32 numbers that they stand for: their integers would take longer.
+    Plain layers are copied to `pages` in any case, quantised ones with `copies` alone. Few int8
+    weights are held as the float32 numbers that they stand for: their integers would take longer.
     """
     quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     if not quantized:
-        return Dense([layer.weight.detach() for layer in layers], biases, order)
+        return Dense([layer.weight.detach() for layer in layers], biases, order, pages)
     few = sum(layer.in_features * layer.out_features for layer in layers) < _WORTH_BYTES
     if copies and few and all(layer.packed_int8 for layer in quantized):
-        return Dense([layer.dequantized() for layer in quantized], biases, order)
-    return Quantized(quantized, order, copies)
+        return Dense([layer.dequantized() for layer in quantized], biases, order, pages)
+    return Quantized(quantized, order, pages if copies else None)
 
 
 def _together(parts: Sequence[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
