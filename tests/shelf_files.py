@@ -24,7 +24,7 @@ def picture() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def gqa_files(root: Path) -> Path:
+def gqa_files(root: Path, name: str = "gqa/data/testdev_balanced_questions.json") -> Path:
     kinds = ["query", "verify", "query", "choose"]
     truths = ["table", "yes", "chair", "left"]
     questions = {
@@ -36,7 +36,7 @@ def gqa_files(root: Path) -> Path:
         for n in range(4)
     }  # fmt: skip
     questions["299"] = {**questions["200"], "isBalanced": False}
-    dump(root / "gqa" / "data" / "testdev_balanced_questions.json", questions)
+    dump(root / name, questions)
     return root
 
 

@@ -30,6 +30,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 FILES: dict[str, Callable[[Path], Path]] = {
     "vqav2": vqa_files,
     "gqa": gqa_files,
+    "xgqa": lambda root: gqa_files(root, "xgqa/zero_shot/testdev_balanced_questions_de.json"),
     "vizwiz": vizwiz_files,
     "scienceqa": science_files,
     "textvqa": textvqa_files,
@@ -211,6 +212,18 @@ def test_vizwiz_prompts_and_both_ids(tmp_path: Path) -> None:
         assert rescore(vizwiz, tmp_path, dump(tmp_path / name, content)).metrics == expected
     assert not vizwiz.with_options({"split": "test"}).judged
     assert prompts(vizwiz.with_options({"split": "test"}), tmp_path) == asked
+    bare = vizwiz.with_options({"prompt": "short"})
+    assert [text.count("\n") for text in asked] == [2] * len(asked)
+    assert prompts(bare, tmp_path) == [f"{text.split(chr(10))[0]}{SHORT}" for text in asked]
+    assert row_protocol(bare, control=None)["protocol"] == "own"
+    assert row_protocol(vizwiz, control=None)["protocol"] == "paper"
+
+
+def test_xgqa_reads_the_file_of_its_language(tmp_path: Path) -> None:
+    root = FILES["xgqa"](tmp_path)
+    assert prompts(BENCHMARKS["xgqa"], root)[0] == "What is number 0?" + SHORT
+    with pytest.raises(DataError, match="testdev_balanced_questions_zh.json"):
+        BENCHMARKS["xgqa"].with_options({"language": "zh"}).load(root)
 
 
 def test_textvqa_asks_with_ocr_and_finds_answers_by_prompt(tmp_path: Path) -> None:

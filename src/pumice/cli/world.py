@@ -42,6 +42,9 @@ def make(
     sources: Annotated[
         bool, typer.Option("--sources", help="A training file for each source of a mixture too.")
     ] = False,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Files that say less, or teach single skills, too.")
+    ] = False,
     resolution: Annotated[
         int | None,
         typer.Option("--resolution", min=1, help="Detail of so many pixels a side; all without."),
@@ -58,6 +61,7 @@ def make(
         seed=seed,
         wide=wide,
         sources=sources,
+        variants=variants,
         resolution=resolution,
     )
     say(str(out))
@@ -116,12 +120,13 @@ def ensure_world(
     seed: int,
     wide: bool = False,
     sources: bool = False,
+    variants: bool = False,
     resolution: int | None = None,
 ) -> None:
     """Make a world in `out` unless exactly this one is there; nothing else is written over."""
     from pumice.core.files import read_json
 
-    chosen = {"wide": wide, "sources": sources, "resolution": resolution}
+    chosen = {"wide": wide, "sources": sources, "variants": variants, "resolution": resolution}
     asked = {"images": images, "eval_images": eval_images, "seed": seed, **chosen}
     if (out / _RECORD).is_file():
         # A world of an older version does not name what it could not be.

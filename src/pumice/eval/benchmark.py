@@ -224,13 +224,14 @@ class Benchmark(ABC):
         return {
             name: value
             for name, value in self.chosen.items()
-            if (name, value) != ("prompt", PROMPTS[0])
+            if (name, value) != ("prompt", self.choices[name][0])
         }
 
     @property
     def as_published(self) -> bool:
         """Whether questions are, byte for byte, those LLaVA-1.5 was asked."""
-        return self.paper and self.chosen.get("prompt", PROMPTS[0]) == PROMPTS[0]
+        prompts = self.choices.get("prompt", ("",))
+        return self.paper and self.chosen.get("prompt", "") == prompts[0]
 
     def prompt(self, question: str) -> str:
         """The question as it is asked, where `choices` has `prompt`."""

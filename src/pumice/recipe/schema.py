@@ -58,6 +58,8 @@ class World(Section):
     """Pictures twice as wide and high, with things of the same pixels (for tiles)."""
     sources: bool = False
     """Training files also for each source of LLaVA-1.5's mixture (for studies of data)."""
+    variants: bool = False
+    """Training files also that say less of the pictures, and of single skills (for studies)."""
     resolution: PositiveInt | None = None
     """Pictures with no more detail than so many pixels a side hold; null for all they have."""
 

@@ -13,7 +13,13 @@ from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.benchmarks_choice import write_mmbench, write_seed
 from pumice.world.benchmarks_judged import write_llava_wild, write_mmvet
-from pumice.world.benchmarks_short import write_gqa, write_mme, write_textvqa, write_vizwiz
+from pumice.world.benchmarks_short import (
+    write_gqa,
+    write_mme,
+    write_textvqa,
+    write_vizwiz,
+    write_xgqa,
+)
 from pumice.world.datasets import eval_name
 from pumice.world.scenes import SHAPES, Scene, render
 
@@ -35,6 +41,7 @@ def write_benchmarks(out: Path, scenes: list[Scene], seed: int) -> None:
     write_refcoco(out / "refcoco", scenes, seed)
     write_detail(out / "detail", scenes)
     write_gqa(out / "gqa", scenes, seed)
+    write_xgqa(out / "xgqa", scenes, seed)
     write_vizwiz(out / "vizwiz", scenes, seed)
     write_textvqa(out / "textvqa", scenes, seed)
     write_mme(out / "mme", scenes, seed)

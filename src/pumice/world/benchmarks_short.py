@@ -11,6 +11,7 @@ from typing import Any
 from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.datasets import SHORT, eval_name
+from pumice.world.german import german_questions
 from pumice.world.scenes import BACKGROUNDS, COLORS, SHAPES, WORDS, Scene, render
 
 GQA_PER_IMAGE = 3
@@ -36,20 +37,35 @@ Pair = tuple[str, str]
 def write_gqa(folder: Path, scenes: list[Scene], seed: int) -> None:
     """GQA's balanced questions of testdev; `groups.global` is the kind of question."""
     rng = random.Random(f"gqa {seed}")
-    questions: dict[str, Any] = {}
-    for index, scene in enumerate(scenes):
-        for asked in language.questions(scene, GQA_PER_IMAGE, rng):
-            questions[f"20{len(questions):07d}"] = {
-                "semantic": [], "entailed": [], "equivalent": [], "question": asked.text,
-                "imageId": Path(eval_name(index)).stem, "isBalanced": True,
-                "groups": {"global": asked.kind, "local": None}, "answer": asked.short,
-                "semanticStr": "", "annotations": {"answer": {}, "question": {}, "fullAnswer": {}},
-                "types": {"detailed": asked.kind,
-                          "semantic": _SEMANTIC.get(asked.kind, "attr"),
-                          "structural": _structural(asked)},
-                "fullAnswer": asked.long,
-            }  # fmt: skip
-    write_atomic(folder / "testdev_balanced_questions.json", json.dumps(questions))
+    asked = [(index, q, q.text) for index, scene in enumerate(scenes)
+             for q in language.questions(scene, GQA_PER_IMAGE, rng)]  # fmt: skip
+    _write_gqa_file(folder / "testdev_balanced_questions.json", asked)
+
+
+def write_xgqa(folder: Path, scenes: list[Scene], seed: int) -> None:
+    """xGQA's German file: German questions, English answers."""
+    rng = random.Random(f"xgqa {seed}")
+    asked = [(index, q.english, q.text) for index, scene in enumerate(scenes)
+             for q in german_questions(scene, GQA_PER_IMAGE, rng)]  # fmt: skip
+    _write_gqa_file(folder / "testdev_balanced_questions_de.json", asked)
+
+
+def _write_gqa_file(path: Path, asked: list[tuple[int, language.Question, str]]) -> None:
+    """Picture, question and the words in which it is asked."""
+    questions = {
+        f"20{number:07d}": {
+            "semantic": [], "entailed": [], "equivalent": [], "question": text,
+            "imageId": Path(eval_name(index)).stem, "isBalanced": True,
+            "groups": {"global": question.kind, "local": None}, "answer": question.short,
+            "semanticStr": "", "annotations": {"answer": {}, "question": {}, "fullAnswer": {}},
+            "types": {"detailed": question.kind,
+                      "semantic": _SEMANTIC.get(question.kind, "attr"),
+                      "structural": _structural(question)},
+            "fullAnswer": question.long,
+        }
+        for number, (index, question, text) in enumerate(asked)
+    }  # fmt: skip
+    write_atomic(path, json.dumps(questions))
 
 
 def _structural(asked: language.Question) -> str:

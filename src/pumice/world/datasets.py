@@ -61,6 +61,7 @@ def make_world(
     seed: int = 0,
     wide: bool = False,
     sources: bool = False,
+    variants: bool = False,
     resolution: int | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -68,13 +69,16 @@ def make_world(
 
     A `wide` world has pictures twice as wide and high with things of the same pixels: in the one
     view of a vision backbone they are half as large, and signs cannot be read. `sources` adds
-    sources/: one training file for each source of LLaVA-1.5's mixture. With a `resolution` pictures
+    sources/: one training file for each source of LLaVA-1.5's mixture, `variants` adds files that
+    say less of the same pictures and skills/: one file for each skill. With a `resolution` pictures
     keep their size but no more detail than so many pixels a side hold. The same arguments write the
     same bytes. `world.json` is written last: its presence means the world is complete.
     """
     from pumice.world.academic import write_academic
     from pumice.world.benchmarks import write_benchmarks
+    from pumice.world.less_detail import write_less_detail
     from pumice.world.mixture_sources import write_sources
+    from pumice.world.skills import write_skills
 
     for name, count in (("images", images), ("eval_images", eval_images)):
         if not 1 <= count <= SEED_STRIDE:
@@ -99,9 +103,12 @@ def make_world(
     write_academic(out / "academic", train, seed)
     if sources:
         write_sources(out / "sources", train, seed)
+    if variants:
+        write_less_detail(out / "llava", train, seed)
+        write_skills(out / "skills", train, seed)
     record = {
         "format": 1, "images": images, "eval_images": eval_images, "seed": seed, "wide": wide,
-        "sources": sources, "resolution": resolution,
+        "sources": sources, "variants": variants, "resolution": resolution,
     }  # fmt: skip
     _write_json(out / "world.json", record)
 

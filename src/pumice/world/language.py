@@ -81,12 +81,12 @@ def brief_caption(scene: Scene, rng: random.Random) -> str:
     return f"{join(names)} on {article(scene.background)} background."
 
 
-def description(scene: Scene, rng: random.Random) -> str:
-    """A detailed description of a few sentences that names every thing."""
+def description(scene: Scene, rng: random.Random, noun: str = "shape") -> str:
+    """A detailed description of a few sentences that names every thing; `noun` is counted."""
     count = len(scene.shapes)
     opening = rng.choice(("The image shows", "This picture shows"))
     sentences = [
-        f"{opening} {count} {_plural('shape', count)} on {article(scene.background)} background."
+        f"{opening} {count} {_plural(noun, count)} on {article(scene.background)} background."
     ]
     for thing in scene.things:
         phrase = article(thing_phrase(thing))

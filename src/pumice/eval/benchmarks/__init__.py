@@ -15,12 +15,14 @@ from pumice.eval.benchmarks.seed_bench import SeedBench
 from pumice.eval.benchmarks.textvqa import TextVQA
 from pumice.eval.benchmarks.vizwiz import VizWiz
 from pumice.eval.benchmarks.vqav2 import VQAv2
+from pumice.eval.benchmarks.xgqa import XGQA
 
 BENCHMARKS: Registry[Benchmark] = Registry(
     "benchmark",
     {
         "vqav2": VQAv2(),
         "gqa": GQA(),
+        "xgqa": XGQA(),
         "vizwiz": VizWiz(),
         "scienceqa": ScienceQA(),
         "textvqa": TextVQA(),

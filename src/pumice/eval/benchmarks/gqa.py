@@ -33,11 +33,8 @@ class GQA(Benchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         """One item per balanced question; `truth` is the answer."""
-        names = [file.format(split=self.chosen["split"]) for file in FILES]
-        folders = ("", "data/", "questions1.2/", "questions/")
-        file = find_file(
-            data_dir, self.name, [f"{place}{name}" for name in names for place in folders]
-        )
+        names = self.files()
+        file = find_file(data_dir, self.name, names)
         questions = read_json(file)
         find_image = ImageFinder(data_dir, self.name)
         items = []
@@ -47,7 +44,7 @@ class GQA(Benchmark):
                 items.append(self._item(name, question, find_image))
         if not items:
             raise DataError(
-                f"gqa: {file} has no balanced questions, and only those are scored. Take "
+                f"{self.name}: {file} has no balanced questions, and only those are scored. Take "
                 f"{names[0]} from the official download."
             )
         return items
@@ -68,6 +65,12 @@ class GQA(Benchmark):
                 "group": question["groups"]["global"],
             },
         )
+
+    def files(self) -> list[str]:
+        """Where the questions may lie, the usual name first."""
+        names = [file.format(split=self.chosen["split"]) for file in FILES]
+        folders = ("", "data/", "questions1.2/", "questions/")
+        return [f"{place}{name}" for name in names for place in folders]
 
     def parse(self, text: str, item: Item) -> str | None:
         """LLaVA's: full stops at the end go, letters become small; nothing else is forgiven."""

@@ -19,7 +19,6 @@ from pumice.eval.answers import prepare, vqa_accuracy
 from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
 from pumice.eval.locate import ImageFinder, find_file, require
 from pumice.eval.question_files import read_questions
-from pumice.processing.response_formats import SHORT, UNANSWERABLE, with_format
 
 
 class VizWiz(Benchmark):
@@ -30,7 +29,12 @@ class VizWiz(Benchmark):
     headline = "accuracy"
     paper = True
     decimals = 2
-    choices = {"split": ("val", "test"), "scorer": ("m4c", "2021", "before-2021")}
+    choices = {
+        "split": ("val", "test"),
+        "scorer": ("m4c", "2021", "before-2021"),
+        # "short" does not say that a question may have no answer.
+        "prompt": ("unanswerable", "short"),
+    }
 
     @property
     def judged(self) -> bool:
@@ -50,8 +54,24 @@ class VizWiz(Benchmark):
         for index, row in enumerate(read_json(file)):
             where = f"{file}, question {index}"
             require(row, ("image", "question", *(["answers"] if self.judged else [])), where)
-            items.append(_item(index, row, find_image, split, where))
+            items.append(self._item(index, row, find_image, where))
         return items
+
+    def _item(self, index: int, row: dict[str, Any], find_image: ImageFinder, where: str) -> Item:
+        split, image = self.chosen["split"], row["image"]
+        truths = [answer["answer"] for answer in row.get("answers", ())]
+        if split == "val" and not truths:
+            raise DataError(f"{where}: it has no answers. Take the official val.json.")
+        return Item(
+            id=str(index),
+            image=find_image(image, f"{split}/{image}"),
+            # capitalize() also makes every other letter small; the published questions are so.
+            prompt=self.prompt(row["question"].capitalize()),
+            truth=truths or None,
+            group=image,
+            category=row.get("answer_type", ""),
+            extra={"image": image},
+        )
 
     def match(self, answers: Sequence[Answer], items: Sequence[Item], source: str) -> Matching:
         """By the question's place, or by the image's name as the server's file has it."""
@@ -94,24 +114,7 @@ class VizWiz(Benchmark):
     def protocol(self) -> dict[str, Any]:
         """Prompt, parser and metric as LLaVA-1.5 uses them."""
         return {
-            "prompt": f"{{question.capitalize()}}\n{UNANSWERABLE}\n{SHORT}",
+            "prompt": self.prompt("{question.capitalize()}"),
             "parser": f"VQA scorer, version {self.chosen['scorer']}",
             "metric": "VQA accuracy, each annotator left out in turn, percent",
         }
-
-
-def _item(index: int, row: dict[str, Any], find_image: ImageFinder, split: str, where: str) -> Item:
-    truths = [answer["answer"] for answer in row.get("answers", ())]
-    if split == "val" and not truths:
-        raise DataError(f"{where}: it has no answers. Take the official val.json.")
-    image = row["image"]
-    return Item(
-        id=str(index),
-        image=find_image(image, f"{split}/{image}"),
-        # capitalize() also makes every other letter small; the published questions are so.
-        prompt=with_format(row["question"].capitalize(), "unanswerable"),
-        truth=truths or None,
-        group=image,
-        category=row.get("answer_type", ""),
-        extra={"image": image},
-    )
