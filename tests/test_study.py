@@ -11,6 +11,8 @@ import pytest
 
 from pumice.cli.app import main
 from pumice.core.errors import DataError, PumiceError
+from pumice.core.files import read_json
+from pumice.processing.response_formats import SHORT
 from pumice.recipe.schema import Recipe
 from pumice.study.analyse import analyse, metrics_of
 from pumice.study.cells import Cell, arms_of, cells_of, in_running_order
@@ -20,6 +22,7 @@ from pumice.study.report import write_report
 from pumice.study.runner import Job, run_missing
 from pumice.study.spec import StudyFile, load_study, study_names
 from pumice.study.store import Store
+from pumice.world.datasets import make_world
 from study_files import COST, InProcess, study_tree, write_study
 
 Run = Callable[..., tuple[int, str, str]]
@@ -154,6 +157,23 @@ def test_shipped_studies_hold_in_every_size(tmp_path: Path) -> None:
             assert len(found) == len(arms_of(study)) * len(study.seeds)
             assert metrics_of(study, found)
             assert study.about and study.source, (name, size)
+
+
+@pytest.mark.parametrize("name", ["ladder", "answer-length"])
+def test_every_arm_is_asked_as_its_short_answers_were_trained(name: str, tmp_path: Path) -> None:
+    make_world(tmp_path, images=8, eval_images=2, sources=True)
+    study, file = load_study(name)
+    forms = {"short": SHORT, "none": "?", "qa": " A:"}
+    for cell in cells_of(study, file, lambda recipe: COST):
+        assert cell.recipe.world and cell.recipe.world.sources and cell.recipe.eval
+        chosen = cell.recipe.eval.options.get("pope", {}).get("prompt", "short")
+        assert cell.recipe.stages.tune
+        files = {entry.path: tmp_path / entry.path for entry in cell.recipe.stages.tune.data}
+        for path, place in files.items():
+            asked = [row["conversations"][0]["value"] for row in read_json(place)]
+            assert asked
+            if any(source in path for source in ("vqav2", "gqa", "ocrvqa")):
+                assert all(text.endswith(forms[chosen]) for text in asked), (cell.arm.name, path)
 
 
 # --- running ------------------------------------------------------------------------------------
