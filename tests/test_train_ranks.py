@@ -15,6 +15,7 @@ import tiny
 from launch import ended, started_together
 from pumice.core.processes import Processes
 from pumice.data.packing import Packing
+from pumice.processing.processor import Processor
 from pumice.train.adapters import LoraTraining
 from pumice.train.build import build_loader, stage_processor
 from pumice.train.stages import DataSpec
@@ -83,6 +84,8 @@ def jobs_of(root: Path) -> dict[str, Job]:
     made["halved"] = made["2x2"]
     made["stopped"] = Job(made["2x2"].spec, stop_at=3)
     made["broken"] = Job(made["2x2"].spec, stop_at=2, not_finite=True)
+    watched = dataclasses.replace(made["2x2"].spec, watchdog_minutes=3 / 60)
+    made["stuck"] = Job(watched, stuck_at=4)
     return made
 
 
@@ -103,9 +106,12 @@ def root(tmp_path_factory: pytest.TempPathFactory, jobs: dict[str, Job]) -> Path
     tensors = root / "ranks-2/halved/tune.states/step_00000003/__0_0.distcp"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     write_jobs(root, jobs)
-    together = started_together(2, SCRIPT, root, *ALIKE, "halved", "stopped", "broken")
-    for code, err in ended(together):
-        assert code == 0, err
+    names = [*ALIKE, "halved", "stopped", "broken", "stuck"]
+    together = started_together(2, SCRIPT, root, *names)
+    # The last one does not come back, and ends the processes.
+    (_, waiting), (code, stuck) = ended(together)
+    assert code == 1, waiting + stuck
+    (root / "stuck.log").write_text(stuck)
     return root
 
 
@@ -230,6 +236,27 @@ def test_one_goes_on_where_two_stopped(root: Path, jobs: dict[str, Job]) -> None
     assert_same_run(root / "ranks-1/2x2", out)
     record = json.loads((out / "tune/training.json").read_text())
     assert record["result"]["resumed_from"] == 3
+
+
+def test_a_process_that_is_stuck_names_its_samples_and_all_end(
+    root: Path, jobs: dict[str, Job]
+) -> None:
+    """It sleeps in its fourth step while the other one waits for it."""
+    out, spec = root / "ranks-2/stuck", jobs["stuck"].spec
+    record = json.loads((out / "tune.stuck.rank-1.json").read_text())
+    assert (record["step"], record["stage"]) == (4, "tune")
+    loader = build_loader(spec, Processor.load(spec.init), Processes(1, 2))
+    own = [name for batch in loader.micro_batches_at(3) for name in batch.sample_ids]
+    assert record["samples"] == own and len(own) == 2
+    said = (root / "stuck.log").read_text()
+    assert "stage 'tune' is stuck: process 1 has been computing" in said and own[0] in said
+    # Where it was is shown, with its line.
+    assert "training_jobs.py" in said.split("is stuck")[1]
+    # The other one was ended by its own watchdog, or has noticed that this one is gone.
+    end = out / "end.0"
+    assert (out / "tune.stuck.rank-0.json").is_file() or "another one has ended" in end.read_text()
+    run_job(Job(spec), out)
+    assert_same_run(root / "ranks-1/2x2", out)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(root: Path) -> None:

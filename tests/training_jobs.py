@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,21 @@ from pumice.models.lmm import LMM
 from pumice.train import parallel, trainer
 from pumice.train.parallel import whole_tensor
 from pumice.train.stages import StageSpec, run_stage
+from pumice.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage; in its `stop_at`-th step the last process gets SIGTERM, or its loss turns NaN."""
+    """A stage; in its `stop_at`-th step the last process gets SIGTERM, or its loss turns NaN.
+
+    In its `stuck_at`-th step the last process does nothing any more, and only that one is watched:
+    how long others take says nothing.
+    """
 
     spec: StageSpec
     stop_at: int | None = None
     not_finite: bool = False
+    stuck_at: int | None = None
 
 
 def write_jobs(root: Path, jobs: dict[str, Job]) -> None:
@@ -99,6 +106,8 @@ def trouble(job: Job, group: Processes) -> Iterator[None]:
     def stepping(self: trainer.Trainer, number: int, batches: Any) -> dict[str, Any]:
         nonlocal now
         now = number + 1
+        if last and number + 1 == job.stuck_at:
+            time.sleep(600)
         row = step(self, number, batches)
         if last and number + 1 == job.stop_at and not job.not_finite:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -110,7 +119,14 @@ def trouble(job: Job, group: Processes) -> Iterator[None]:
             value * torch.nan if job.not_finite and last and now == job.stop_at else value
         ), count
 
+    at = Watchdog.at
+
+    def watching(self: Watchdog, number: int, *more: Any) -> None:
+        if job.stuck_at in (None, number + 1):
+            at(self, number, *more)
+
     with (
+        mock.patch.object(Watchdog, "at", watching),
         mock.patch.object(trainer.Trainer, "_step", stepping),
         mock.patch.object(LMM, "loss", losing),
     ):
