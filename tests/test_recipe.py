@@ -107,6 +107,9 @@ def test_a_wrong_override_is_named(override: str, parts: list[str]) -> None:
 
 def test_the_override_is_blamed_and_not_the_file(tmp_path: Path) -> None:
     assert "the override 'foo=1' on recipes/pocket.yaml" in refusal("pocket", "foo=1")
+    # What two values make of each other may be the fault of either.
+    both = refusal("pocket", "stages.tune.packing={tokens: 9}", "seed=1", "stages.tune.steps=5")
+    assert "the overrides 'stages.tune.packing={tokens: 9}' and 'stages.tune.steps=5' on" in both
     file = tmp_path / "mine.yaml"
     text = resolved_yaml(load_recipe("pocket")).replace("batch_size: 16", "batchsize: 16", 1)
     file.write_text(text, encoding="utf-8")

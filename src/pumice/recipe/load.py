@@ -233,11 +233,14 @@ def _explain_one(
 
 
 def _blame(place: list[str], file: str, overrides: Sequence[Override]) -> str:
-    """Where the value came from: the override that set it, or the file."""
-    for override in reversed(overrides):
-        if all(a == b for a, b in zip(place, override.path, strict=False)):
-            return f"the override '{override.text}' on {file}"
-    return file
+    """Where a value came from: the override that set it, those that set parts of it, the file."""
+    whole = [o for o in overrides if place[: len(o.path)] == list(o.path)]
+    parts = [o for o in overrides if list(o.path[: len(place)]) == place]
+    blamed = whole[-1:] or parts
+    if not blamed:
+        return file
+    named = " and ".join(f"'{override.text}'" for override in blamed)
+    return f"the override{'s' if len(blamed) > 1 else ''} {named} on {file}"
 
 
 def _known_keys(place: list[str], schema: type[BaseModel]) -> list[str]:

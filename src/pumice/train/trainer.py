@@ -143,7 +143,7 @@ class Trainer:
     def _validate(self, validator: Validator, done: int) -> dict[str, Any]:
         figures = validator(self.lmm, done, self.total, self.spec.warmup, self.autocast)
         self.record["validation"] = {"step": done, **figures}
-        if figures["image_not_used"]:
+        if figures["image_not_used"] and self.group.is_main:
             log.warning(warning(self.spec.name, figures))
         return figures
 
