@@ -87,7 +87,7 @@ def full_report() -> ReportData:
         curves={"align": [(n, 4 / n) for n in range(1, 900)], "tune": [(1, 1.0)]},
         examples=examples,
         recipe="# a recipe\nseed: 0  # why\nname: '<b>'\n",
-        facts={"Seed": "0", "Data": "a/b"},
+        facts={"Seed": "0", "Data": "a/b_c"},
         costs=[{"Part": "align", "Time": "38 s"}, {"Part": "tune", "Time": "3 min"}],
     )
 
@@ -101,8 +101,8 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(tmp_path: Path) 
     assert "script" not in reader.tags and "link" not in reader.tags
     assert [address[:11] for address in reader.addresses] == ["data:image/"] * 3
     assert not re.search(r"https?://|url\((?!#)|@import", page)
-    # Paths may be broken behind a slash, and are then not broken within a word.
-    assert "<h1>runs/<wbr>pocket &lt;1&gt;</h1>" in page and "<dd>a/<wbr>b</dd>" in page
+    # Paths may be broken behind their signs, and are then not broken within a word.
+    assert "<h1>runs/<wbr>pocket &lt;1&gt;</h1>" in page and "<dd>a/<wbr>b_<wbr>c</dd>" in page
     assert "a &amp; b" in page and "&lt;b&gt;" in page
 
 

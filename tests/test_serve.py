@@ -25,6 +25,7 @@ from pumice.infer.model import Model, load
 from pumice.infer.online import Counters
 from pumice.models.tiling import TilingSpec
 from pumice.serve import remote_images
+from pumice.serve import server as server_module
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
 from serving import Running
@@ -374,6 +375,19 @@ def test_what_is_kept_for_later_has_a_bound(model: Model) -> None:
         kept = counters(server)
         assert 0 < kept.prefix_bytes <= 400_000 and 0 < kept.feature_bytes
         assert kept.images_encoded == 12
+    finally:
+        server.stop()
+
+
+def test_what_the_allocator_keeps_is_given_back(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = threading.Semaphore(0)
+    monkeypatch.setattr(server_module, "_TIDY_SECONDS", 0.02)
+    monkeypatch.setattr(server_module, "give_back_heap", given.release)
+    server = Running(model, Limits(drain_seconds=1.0))
+    try:
+        assert given.acquire(timeout=20) and given.acquire(timeout=20)
     finally:
         server.stop()
 

@@ -16,6 +16,11 @@ def give_back_memory() -> None:
     conversion several hundred megabytes pile up. Elsewhere than with glibc only cycles are freed.
     """
     gc.collect()
+    give_back_heap()
+
+
+def give_back_heap() -> None:
+    """Returns free pages of the heap to the system, where the allocator is glibc's."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -205,8 +206,8 @@ def _head(data: ReportData) -> str:
 
 
 def _folding(text: str) -> str:
-    """Escaped; on a phone a path is broken behind a slash, not within a word."""
-    return escape(text).replace("/", "/<wbr>")
+    """Escaped; on a phone a path is broken behind its signs, not within a word."""
+    return re.sub("([/_])", r"\1<wbr>", escape(text))
 
 
 def _section(title: str, lead: str, body: str) -> str:
