@@ -2,8 +2,9 @@
 
 `pictures.json` is a mixture about pictures in which yes and no stand in sentences alone, and short
 answers are asked for of all other questions. `yes_no.json` asks for yes and no shortly. Without any
-picture, about scenes told in words: `dialogues.json` in English, `german.json` with German
-questions, `unanswerable.json` with VizWiz's prompt and questions that the text does not answer.
+picture: `dialogues.json` in English, `german.json` with German words and questions,
+`unanswerable.json` with VizWiz's prompt and questions that the text does not answer. What these ask
+about is told in one sentence on two shapes; in longer stories the pocket model finds little.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.datasets import SHORT, conversation, llava_row, train_name
-from pumice.world.german import german_questions, german_word
+from pumice.world.german import KINDS, german, german_questions, german_word
 from pumice.world.scenes import SHAPES, Scene
 
 Turns = list[tuple[str, str]]
@@ -28,19 +30,19 @@ _SHARES = {
 }  # fmt: skip
 _YES_NO = ("exist", "exist_pair", "relation", "compare")
 _SHORT_KINDS = tuple(kind for kind in language.KINDS if kind not in _YES_NO)
-_TOLD = 3
+_TOLD = 2
 
 
 def write_skills(folder: Path, scenes: Sequence[Scene], seed: int) -> None:
-    """Write the files; those without pictures have one row for three scenes."""
-    _write(folder / "pictures.json", scenes, _pictured, seed, pictured=True)
-    _write(folder / "yes_no.json", scenes[::_TOLD], _short_yes_no, seed, pictured=True)
-    for name, make in (
-        ("dialogues", lambda scene, rng: language.text_dialogue(rng)),
-        ("german", _german),
-        ("unanswerable", _unanswerable),
+    """Write the files, each with one row for a scene."""
+    for name, make, pictured in (
+        ("pictures", _pictured, True),
+        ("yes_no", _short_yes_no, True),
+        ("dialogues", lambda scene, rng: language.text_dialogue(rng), False),
+        ("german", _german, False),
+        ("unanswerable", _unanswerable, False),
     ):
-        _write(folder / f"{name}.json", scenes[::_TOLD], make, seed, pictured=False)
+        _write(folder / f"{name}.json", scenes, make, seed, pictured=pictured)
 
 
 def _write(
@@ -61,7 +63,7 @@ def _write(
         if pictured:
             (first, answer), *others = turns
             turns = [(f"<image>\n{first}", answer), *others]
-            image = f"train/{train_name(number * (_TOLD if path.stem == 'yes_no' else 1))}"
+            image = f"train/{train_name(number)}"
         rows.append(llava_row(f"{path.stem}_{number:06d}", image, turns))
     rng.shuffle(rows)
     write_atomic(path, json.dumps(rows, ensure_ascii=False))
@@ -91,33 +93,45 @@ def _shortly(scene: Scene, kinds: Sequence[str], rng: random.Random) -> Turns:
     ]
 
 
+def _told(scene: Scene, rng: random.Random) -> tuple[Scene, str]:
+    """Two of the scene's shapes, and the sentence that tells of them."""
+    things = tuple(rng.sample(scene.shapes, min(_TOLD, len(scene.shapes))))
+    phrases = [language.article(language.thing_phrase(thing)) for thing in things]
+    background = language.article(scene.background)
+    told = f"A picture shows {language.join(phrases)} on {background} background."
+    return replace(scene, things=things), told
+
+
 def _german(scene: Scene, rng: random.Random) -> Turns:
-    """A scene told in English and asked about in German, and what German words mean."""
-    told = language.description(scene, rng)
-    short = rng.random() < 0.6
-    turns = []
-    for index, asked in enumerate(german_questions(scene, 4, rng)):
-        text = asked.text if index else f"{told} {asked.text}"
-        text += f"\n{SHORT}" if short and not index else ""
-        turns.append((text, asked.english.short if short else asked.long))
-    if not short:
-        turns += [(f'What does "{word}" mean?', means) for word, means in
-                  dict(german_word(rng) for _ in range(3)).items()]  # fmt: skip
+    """What German words and questions mean; then a picture told in English, asked in German."""
+    turns = [(f'What does "{word}" mean?', means) for word, means in
+             dict(german_word(rng) for _ in range(3)).items()]  # fmt: skip
+    kind = rng.choice(KINDS)
+    if (question := language.ask(scene, kind, rng)) is not None:
+        turns.append((f'What does "{german(question).text}" mean?', question.text))
+    part, told = _told(scene, rng)
+    for index, asked in enumerate(german_questions(part, 4, rng)):
+        text = asked.text if index else f"{told} {asked.text}\n{SHORT}"
+        turns.append((text, asked.english.short))
     return turns
 
 
 def _unanswerable(scene: Scene, rng: random.Random) -> Turns:
-    """A scene told in words, and questions of which half are about what it does not have."""
-    present = {thing.shape for thing in scene.shapes}
-    absent = rng.sample([name for name in SHAPES if name not in present], 2)
-    asked = [(q.text, q.short) for q in language.questions(scene, 2, rng)]
-    for name in absent:
-        kind = rng.choice(("color", "size", "texture"))
-        question = language.ask(scene, kind, rng)
-        assert question is not None
+    """A picture told in words, and questions of which half are about what it does not show."""
+    part, told = _told(scene, rng)
+    present = {thing.shape for thing in part.shapes}
+    asked = [(q.text, q.short) for q in _attributes(part, 2, rng)]
+    for question in _attributes(part, 2, rng):
         known = next(word for word in present if word in question.text.removesuffix("?").split())
-        asked.append((question.text.replace(known, name), "unanswerable"))
+        absent = rng.choice([name for name in SHAPES if name not in present])
+        asked.append((question.text.replace(known, absent), "unanswerable"))
     rng.shuffle(asked)
     (first, answer), *others = asked
-    prompt = f"{language.description(scene, rng)} {first}\n{UNANSWERABLE}\n{SHORT}"
-    return [(prompt, answer), *others]
+    return [(f"{told} {first}\n{UNANSWERABLE}\n{SHORT}", answer), *others]
+
+
+def _attributes(scene: Scene, count: int, rng: random.Random) -> list[language.Question]:
+    """Questions on the colour, the size or the pattern of a shape."""
+    asked = [language.ask(scene, rng.choice(("color", "size", "texture")), rng)
+             for _ in range(count)]  # fmt: skip
+    return [question for question in asked if question is not None]
