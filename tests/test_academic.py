@@ -577,3 +577,5 @@ def test_the_command_lists_and_makes(world: Path, tmp_path: Path, run: Run) -> N
     code, _, err = run("data", "convert", "vgg", *given, "--out", out_file)
     assert code == 2 and "Did you mean 'vg'" in err
     assert run("data", "convert", "vg", *given)[0] == 2
+    code, _, err = run("data", "convert", "vg", *given, "--out", tmp_path / "vg.txt")
+    assert code == 2 and "allowed: .json, .jsonl" in err

@@ -13,8 +13,10 @@ from unittest.mock import ANY
 
 import pytest
 
-from pumice.core.errors import DataError
+from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import read_jsonl
+from pumice.core.llm_client import Endpoint, LLMClient
+from pumice.data.engine import Order, generate
 from pumice.data.engine_filters import fault_of, is_english, leaks
 from pumice.data.engine_prompts import KINDS, asked_text, custom_kind, read_pairs
 from pumice.data.engine_scenes import read_described
@@ -194,6 +196,20 @@ def test_a_cap_stops_and_a_later_run_goes_on(run: Run, tmp_path: Path) -> None:
         assert found["kept"] > 0 and found["cost"] <= 0.004 and "first failure" in err
         assert json.loads(run(*line)[1])["kept"] == 20
         assert teacher.stats()["paid"] == 20
+
+
+def test_a_wrong_address_ends_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    scenes = read_described(write_rows(tmp_path / "scenes.jsonl", 60), None)
+    out = tmp_path / "out" / "rows.jsonl"
+    order, nobody = Order(kind=KINDS["detail"], model="m"), "http://127.0.0.1:9/v1"
+    with LLMClient(Endpoint(url=nobody, attempts=1)) as client:
+        with pytest.raises(PumiceError, match=r"first 16 images .* cannot be reached .* goes on"):
+            generate(client, order, scenes, out, tmp_path / "bad")
+    assert not list(out.parent.iterdir())
+    # Fewer images than that are counted.
+    with LLMClient(Endpoint(url=nobody, attempts=1)) as client:
+        outcome = generate(client, order, scenes[:3], out, tmp_path / "bad")
+    assert outcome.failed == {"connection": 3} and out.read_text() == ""
 
 
 def test_the_engine_starts_without_torch() -> None:

@@ -150,6 +150,14 @@ def test_all_that_is_missing_is_named_at_once(sources: Path, run: Run) -> None:
     assert not (sources / "new").exists()
 
 
+def test_what_cannot_be_written_is_refused_first(sources: Path, run: Run) -> None:
+    file = mixture(sources)
+    for out, told in ((sources, "is a directory"), (sources / "o.json", "allowed: .jsonl")):
+        code, _, err = run("data", "mix", file, "--out", out)
+        assert code == 2 and told in err
+    assert not list(sources.glob("*.part")) and not (sources / "o.json").exists()
+
+
 def test_accepted_counts_are_recorded(sources: Path, run: Run) -> None:
     file = mixture(sources, seen__expect={"rows": 11}, text__expect={"rows": 5},
                    expect={"rows": 16})  # fmt: skip

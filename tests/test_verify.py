@@ -127,6 +127,8 @@ def test_report_and_ignored_kinds(planted: planting.Planted, run: Run, tmp_path:
         (("--model", "pocket", "--recipe", "pocket"), "one is allowed"),
         (("--stage", "tune"), "none is given"),
         (("--recipe", "pocket", "--stage", "tone"), "has no stage 'tone'"),
+        (("--images", "nowhere"), "--images nowhere is no directory"),
+        (("--policy", "drop", "--out", "."), "--out . is a directory"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -147,6 +149,13 @@ def test_a_list_stays_a_list(tmp_path: Path) -> None:
         write_clean(source, {0, 1, 2}, tmp_path / "c.json")
     with pytest.raises(PumiceError, match="the data file itself"):
         write_clean(source, set(), tmp_path / "a.json")
+
+
+def test_the_data_itself_is_no_copy(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    out = tmp_path / "." / "a.json"
+    code, _, err = run("data", "verify", tmp_path / "a.json", "--policy", "drop", "--out", out)
+    assert code == 2 and "the data file itself" in err
 
 
 def test_a_summary_belongs_to_its_data(tmp_path: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from pumice.cli.data_source import check_out
 from pumice.cli.options import JsonOption, example
 from pumice.cli.output import say, say_json, table
 from pumice.core.errors import PumiceError
@@ -63,6 +64,7 @@ def convert(
             f"SOURCE is {source} and --out is {out}; both are needed. See "
             f"`pumice data convert --help`, or `--list` for the sources."
         )
+    check_out(out, ".json", ".jsonl")
     from pumice.data.academic.convert import convert as make
 
     report = make(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pumice.cli.data_source import check_out
 from pumice.cli.endpoint import open_endpoint
 from pumice.cli.options import JsonOption, example
 from pumice.cli.output import note, say, say_json
@@ -86,6 +87,7 @@ def generate(
         near=near,
         examples=() if examples is None else read_examples(examples, wanted, language),
     )
+    check_out(out, ".jsonl")
     scenes = read_described(captions, boxes)[:limit]
     target = open_endpoint(
         endpoint, concurrency=concurrency, per_minute=per_minute, timeout=timeout

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pumice.cli.data_source import check_out
 from pumice.cli.options import JsonOption, example
 from pumice.cli.output import say, say_json, table
 
@@ -48,6 +49,7 @@ def mix(
     from pumice.data.mix import write_mix
     from pumice.recipe.mixture import expected, load_mixture
 
+    check_out(out, ".jsonl")
     mixture, home = load_mixture(file)
     home = home if root is None else root
     record = write_mix(

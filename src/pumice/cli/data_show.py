@@ -16,6 +16,7 @@ from pumice.cli.data_source import (
     ModelOption,
     RecipeOption,
     StageOption,
+    check_images,
     reader_of,
 )
 from pumice.cli.options import JsonOption, example
@@ -68,6 +69,7 @@ def show(
     from pumice.data.show import shown, spread_rows
     from pumice.data.show_html import samples_page
 
+    check_images(images)
     reader = reader_of(model, recipe, stage) or reader_of(_DEFAULT_MODEL, None, None)
     assert reader is not None
     source = open_source(file, images, kind=kind)

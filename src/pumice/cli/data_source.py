@@ -39,6 +39,26 @@ StageOption = Annotated[
 ]
 
 
+def check_images(images: Path | None) -> None:
+    """Before any row is read: a missing directory would make every row a bad one."""
+    if images is not None and not images.is_dir():
+        raise PumiceError(
+            f"--images {images} is no directory; the one below which rows name their images is "
+            f"needed. Check it."
+        )
+
+
+def check_out(out: Path, *endings: str) -> None:
+    """Before anything is made: `out` can be a file, and its ending says what is in it."""
+    if out.is_dir():
+        raise PumiceError(f"--out {out} is a directory; give the name of a file.")
+    if endings and out.suffix not in endings:
+        raise PumiceError(
+            f"--out {out} ends in {out.suffix or 'nothing'!r}; allowed: {', '.join(endings)}, "
+            f"which say how rows are written. Give another name."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """Whose processor reads the rows, and how many tokens a conversation may have."""

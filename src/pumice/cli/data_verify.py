@@ -16,6 +16,8 @@ from pumice.cli.data_source import (
     Reader,
     RecipeOption,
     StageOption,
+    check_images,
+    check_out,
     reader_of,
 )
 from pumice.cli.options import JsonOption, example
@@ -90,6 +92,7 @@ def verify(
     from pumice.data.verify import verify as check
     from pumice.data.verify_files import (
         manifest_path,
+        refuse_same,
         write_clean,
         write_clean_manifest,
         write_manifest,
@@ -98,6 +101,10 @@ def verify(
     for name in ignore or []:
         KINDS[name]
     _check_options(policy, out, evaluation or [], max_tokens, model or recipe)
+    check_images(images)
+    if out is not None:
+        check_out(out)
+        refuse_same(file, out)
     reader = reader_of(model, recipe, stage)
     settings: dict[str, Any] = _lengths(reader, max_tokens)
     if max_pixels is not None:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
@@ -175,7 +175,7 @@ class LLMClient:
                 return _failed(key, "not_recorded", "no reply to this request was recorded")
             return self._ask_with_retries(request, key)
 
-    def ask_all(self, requests: Iterable[ChatRequest]) -> Iterator[Reply]:
+    def ask_all(self, requests: Iterable[ChatRequest]) -> Generator[Reply, None, None]:
         """The replies in the order of the requests, asked side by side.
 
         Requests are taken as they are needed, so there may be any number of them.

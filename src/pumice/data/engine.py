@@ -10,10 +10,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from pumice.core.errors import PumiceError
 from pumice.core.files import sha256_bytes
 from pumice.core.llm_client import LLMClient
 from pumice.core.llm_types import ChatRequest, Reply
@@ -23,6 +25,9 @@ from pumice.data.engine_filters import NEAR, check_language
 from pumice.data.engine_judge import Judge
 from pumice.data.engine_prompts import VERSION, Kind, Pair, asked_text
 from pumice.data.engine_scenes import Described
+
+# So many images without a connection, and none with one, are no passing fault.
+_UNREACHED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,11 @@ class Outcome:
     first_failure: str = ""
     cost: float = 0.0
 
+    @property
+    def replied(self) -> int:
+        """Images with a reply, good or not."""
+        return self.kept + self.rejected.total()
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self) | {"rejected": dict(self.rejected), "failed": dict(self.failed)}
@@ -111,29 +121,46 @@ def generate(
 ) -> Outcome:
     """Asks for every image; good rows go to `out`, the others with their reason to `rejected`.
 
-    Both files appear whole, at the end. An image without a reply is in neither and is counted.
+    Both files appear whole, at the end. An image without a reply is in neither and is counted. An
+    endpoint that no call reaches, from the first on, ends the run.
     """
     outcome = Outcome()
     judge = Judge(order.kind, order.language, order.near, order.examples)
     parts = [path.with_name(f".{path.name}.part") for path in (out, rejected)]
     for part in parts:
         part.parent.mkdir(parents=True, exist_ok=True)
-    replies = client.ask_all(order.request(scene) for scene in scenes)
-    with (
-        parts[0].open("w", encoding="utf-8") as good,
-        parts[1].open("w", encoding="utf-8") as bad,
-        progress(len(scenes), f"generating {order.kind.name}") as bar,
-    ):
-        for scene, reply in zip(scenes, replies, strict=True):
-            outcome.cost += reply.cost or 0.0
-            _place(order, judge, scene, reply, outcome, good, bad)
-            bar.update(1, kept=outcome.kept, rejected=outcome.rejected.total())
-        for file in (good, bad):
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        with (
+            closing(client.ask_all(order.request(scene) for scene in scenes)) as replies,
+            parts[0].open("w", encoding="utf-8") as good,
+            parts[1].open("w", encoding="utf-8") as bad,
+            progress(len(scenes), f"generating {order.kind.name}") as bar,
+        ):
+            for scene, reply in zip(scenes, replies, strict=True):
+                outcome.cost += reply.cost or 0.0
+                _place(order, judge, scene, reply, outcome, good, bad)
+                _refuse_unreachable(outcome)
+                bar.update(1, kept=outcome.kept, rejected=outcome.rejected.total())
+            for file in (good, bad):
+                file.flush()
+                os.fsync(file.fileno())
+    except PumiceError:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
     for part, path in zip(parts, (out, rejected), strict=True):
         part.replace(path)
     return outcome
+
+
+def _refuse_unreachable(outcome: Outcome) -> None:
+    """A wrong address would take as long for its failures as the right one for its replies."""
+    lost = outcome.failed["connection"]
+    if lost == _UNREACHED and lost == outcome.failed.total() and not outcome.replied:
+        raise PumiceError(
+            f"the first {lost} images got no reply: {outcome.first_failure}. Check --endpoint and "
+            f"whether it runs; the same command goes on where it stopped."
+        )
 
 
 def _place(

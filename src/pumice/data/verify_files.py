@@ -56,13 +56,19 @@ def read_summary(path: Path, fingerprint: str) -> dict[str, Any] | None:
     return summary if summary.get("fingerprint") == fingerprint else None
 
 
+def refuse_same(file: Path, out: Path) -> None:
+    """A copy may not take the place of the data it is made of."""
+    if out.resolve() == file.resolve():
+        raise PumiceError(f"--out {out} is the data file itself; give another name for the copy.")
+
+
 def write_clean(source: Source, bad_rows: set[int], out: Path) -> int:
     """The rows without the bad ones; gives how many are left.
 
     Those of a JSON file are copied byte for byte, others written as `pumice data mix` writes them.
     """
-    if isinstance(source, LlavaJson) and out.resolve() == source.path.resolve():
-        raise PumiceError(f"--out {out} is the data file itself; give another name for the copy.")
+    if isinstance(source, LlavaJson):
+        refuse_same(source.path, out)
     good = [row for row in range(len(source)) if row not in bad_rows]
     if not good:
         raise DataError(
