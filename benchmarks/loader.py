@@ -5,7 +5,8 @@
 * **images**: CPU milliseconds an image from the file to a padded batch of ids and pixels (decoded,
   padded to a square, resized to 336, normalised, tokenised), one thread, rounds in turn. The pixels
   must be equal to 1e-5. `floor` is what nobody can leave out who wants these pixels from Pillow:
-  decoding, and Pillow's own bicubic filter.
+  decoding, and Pillow's own bicubic filter. Our steps are timed alone as well: `decode`, `pixels`
+  (padded, filtered, normalised), `text` (template and tokens), `batch` (one tensor of all).
 * **workers**: the same work handed to threads and to processes, CPU and wall.
 * **rows**: files of 10 thousand to a million rows: finding their places, opening them again, and
   the memory of a process that reads batches from them (rows only, without torch).
@@ -41,7 +42,7 @@ from pumice.core.images import open_image
 from pumice.core.shipped import resolve_backbone
 from pumice.core.types import Sample, assistant, user
 from pumice.processing.collate import collate
-from pumice.processing.images import ImageSpec
+from pumice.processing.images import ImageSpec, preprocess
 from pumice.processing.processor import Processor
 
 SIDE, PATCH, BATCH = 336, 14, 16
@@ -134,8 +135,8 @@ def images(processor: Processor, files: list[Path], root: Path, rounds: int) -> 
     ways: dict[str, Callable[[], object]] = {
         "pumice": ours,
         "LlavaProcessor": theirs,
-        "decode": lambda: [open_image(file) for file in files],
         "floor": lambda: [floor(file) for file in files],
+        **steps(processor, files),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -156,10 +157,31 @@ def images(processor: Processor, files: list[Path], root: Path, rounds: int) -> 
     }
 
 
+def steps(processor: Processor, files: list[Path]) -> dict[str, Callable[[], object]]:
+    """What a batch is made by, each step on what the one before it made."""
+    pictures = [open_image(file) for file in files]
+    samples = samples_of(files)
+    encoded = [processor.encode(sample) for sample in samples]
+    starts = range(0, len(files), BATCH)
+    return {
+        "decode": lambda: [open_image(file).size for file in files],
+        "pixels": lambda: [preprocess(picture, processor.image_spec).shape for picture in pictures],
+        "text": lambda: [processor.encode(sample, pixels=False) for sample in samples],
+        "batch": lambda: [
+            collate(encoded[start : start + BATCH], processor.pad_id).lengths for start in starts
+        ],
+    }
+
+
+def samples_of(files: list[Path]) -> list[Sample]:
+    """One question on each file."""
+    return [Sample(file.name, (user(QUESTION, file), assistant(ANSWER))) for file in files]
+
+
 def batch_of(processor: Processor, files: list[Path]) -> Any:
     """A training batch of one question on each file."""
-    samples = [Sample(file.name, (user(QUESTION, file), assistant(ANSWER))) for file in files]
-    return collate([processor.encode(sample) for sample in samples], processor.pad_id)
+    encoded = [processor.encode(sample) for sample in samples_of(files)]
+    return collate(encoded, processor.pad_id)
 
 
 def floor(file: Path) -> PIL.Image.Image:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -106,38 +105,14 @@ def preprocess(image: PIL.Image.Image, spec: ImageSpec) -> torch.Tensor:
             f"pumice.core.images.open_image, which converts every kind rightly."
         )
     fit = {"pad": _pad, "crop": _crop, "resize": _resize}[spec.mode]
-    picture = fit(image, spec)
-    bands = [np.frombuffer(band.tobytes(), dtype=np.uint8) for band in picture.split()]
-    values = np.empty((3, spec.size, spec.size), dtype=np.float32)
-    # A table of the 256 values a channel can have is exact. One of all pairs of values, looked up
-    # two pixels at a time, is twice as quick.
-    pairs = spec.size % 2 == 0
-    tables: np.ndarray[Any, Any] = (_pair_table if pairs else _channel_table)(spec.mean, spec.std)
-    flat = values.view(tables.dtype).reshape(3, -1)
-    for band, table, out in zip(bands, tables, flat, strict=True):
-        np.take(table, band.view(np.uint16 if pairs else np.uint8), out=out, mode="clip")
+    # Pillow's own way to lay the colours of a row one after the other: one pass instead of three.
+    rows = np.frombuffer(fit(image, spec).tobytes("raw", "RGB;L"), np.uint8)
+    levels = rows.reshape(spec.size, 3, spec.size).swapaxes(0, 1)
+    # Hugging Face divides by 255 in float64; of the 256 levels the quotients are equal.
+    values = np.divide(levels, 255, dtype=np.float32, casting="unsafe", order="C")
+    values -= np.array(spec.mean, np.float32)[:, None, None]
+    values /= np.array(spec.std, np.float32)[:, None, None]
     return torch.from_numpy(values)
-
-
-@lru_cache(maxsize=16)
-def _pair_table(mean: Triple, std: Triple) -> np.ndarray[Any, np.dtype[np.complex64]]:
-    """complex64[3, 65536]: two values side by side for two neighbouring bytes read as one."""
-    table = _channel_table(mean, std)
-    first, second = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2).T
-    both = np.stack([table[:, first], table[:, second]], axis=-1)
-    found: np.ndarray[Any, np.dtype[np.complex64]] = both.view(np.complex64)[..., 0]
-    return found
-
-
-@lru_cache(maxsize=16)
-def _channel_table(mean: Triple, std: Triple) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32[3, 256]: what every value of a channel becomes."""
-    # Divided in float64, normalised in float32: Hugging Face's order, which the last bit shows.
-    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    centre = np.array(mean, dtype=np.float32)[:, None]
-    spread = np.array(std, dtype=np.float32)[:, None]
-    table: np.ndarray[Any, np.dtype[np.float32]] = (unit[None] - centre) / spread
-    return table
 
 
 def _resize(image: PIL.Image.Image, spec: ImageSpec) -> PIL.Image.Image:
