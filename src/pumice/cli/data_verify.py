@@ -92,7 +92,6 @@ def verify(
     from pumice.data.verify import verify as check
     from pumice.data.verify_files import (
         manifest_path,
-        refuse_same,
         write_clean,
         write_clean_manifest,
         write_manifest,
@@ -101,10 +100,7 @@ def verify(
     for name in ignore or []:
         KINDS[name]
     _check_options(policy, out, evaluation or [], max_tokens, model or recipe)
-    check_images(images)
-    if out is not None:
-        check_out(out)
-        refuse_same(file, out)
+    _check_paths(file, images, out)
     reader = reader_of(model, recipe, stage)
     settings: dict[str, Any] = _lengths(reader, max_tokens)
     if max_pixels is not None:
@@ -147,6 +143,15 @@ def _check_options(
         raise PumiceError(
             f"--max-tokens {max_tokens} needs a tokenizer to count with. Add --model or --recipe."
         )
+
+
+def _check_paths(file: Path, images: Path | None, out: Path | None) -> None:
+    from pumice.data.verify_files import refuse_same
+
+    check_images(images)
+    if out is not None:
+        check_out(out)
+        refuse_same(file, out)
 
 
 def _lengths(reader: Reader | None, max_tokens: int | None) -> dict[str, Any]:
