@@ -15,6 +15,7 @@ import pytest
 from conftest import Run
 from pumice.core.errors import PumiceError
 from pumice.models.checkpoint import load_lmm
+from pumice.train import trainer
 from pumice.train.loss_band import LossBand
 from pumice.train.metrics import part_hash
 from pumice.train.run_log import Following
@@ -69,6 +70,39 @@ def test_a_run_outside_of_the_band_is_told_and_computes_the_same(
     # What is counted over a stage counts what was done before it was stopped.
     for key in ("supervised_tokens", "final_loss"):
         assert records[0]["result"][key] == records[1]["result"][key]
+    spent = sum(row["seconds"] for row in rows_of(tmp_path / "stopped"))
+    assert records[1]["result"]["seconds"] >= 0.99 * spent
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_spike_stops_before_the_step_is_taken(
+    resumed: bool, spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its fifth step the loss is three times what it was; also in a run that went on at four."""
+    quick = dataclasses.replace(spec, validation=None)
+    whole = run_stage(quick, tmp_path / "whole").checkpoint
+    monkeypatch.setattr(trainer, "_USUAL", 3)
+    backward, seen = Trainer._backward, [3 if resumed else 0]
+    bad = dataclasses.replace(quick, spike=2.0)
+
+    def spiking(self: Trainer, batch: Any, count: float) -> float:
+        seen[0] += 1
+        return backward(self, batch, count) * (3 if seen[0] == 5 else 1)
+
+    if resumed:
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3)
+            with pytest.raises(SystemExit):
+                run_stage(bad, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_backward", spiking)
+        with pytest.raises(PumiceError, match="stopped at step 5: .*more than 2 times"):
+            run_stage(bad, tmp_path / "out")
+    kept = json.loads((tmp_path / "out/align.spike.json").read_text())
+    assert kept["step"] == 5 and len(kept["samples"]) == quick.batch_size
+    # What the step would have moved has not moved: the run goes on as if nothing had been.
+    again = run_stage(bad, tmp_path / "out").checkpoint
+    assert part_hash(load_lmm(again).connector) == part_hash(load_lmm(whole).connector)
 
 
 def test_tensorboard_reads_back_what_stands_in_metrics(spec: StageSpec, tmp_path: Path) -> None:

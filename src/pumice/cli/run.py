@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
 _FREE_KEYS = {"name", "about", "source", "published", "eval"}
-# So may when a stuck step ends, and what is computed twice to save memory.
-_FREE_OF_STAGE = {"watchdog_minutes", "checkpointing"}
+# So may when a step ends a run, and what is computed twice to save memory.
+_FREE_OF_STAGE = {"watchdog_minutes", "spike", "checkpointing"}
 # Where the data and the backbones lie may change; their content is compared by each stage.
 _FREE_PLACES = {"data": True, "model": {"vision", "language", "connector_from"}}
 

@@ -86,6 +86,7 @@ def _stage_spec(
         validation=None if stage.validation is None else _validation(stage.validation),
         seed=recipe.seed,
         watchdog_minutes=stage.watchdog_minutes,
+        spike=stage.spike,
     )
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 BANDS = Path(__file__).parent / "loss_bands.json"
 # They say how a step is computed, watched and looked at, not what it is.
 _FREE_OF_STAGE = {
-    "packing", "micro_batch_size", "checkpointing", "compile", "watchdog_minutes", "validation",
+    "packing", "micro_batch_size", "checkpointing", "compile", "watchdog_minutes", "spike",
+    "validation",
 }  # fmt: skip
 _FREE_OF_WORLD = {"eval_images"}
 

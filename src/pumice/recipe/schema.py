@@ -149,6 +149,9 @@ class Stage(Section):
     """So many conversations of a step are computed at a time; null for all of them."""
     watchdog_minutes: PositiveFloat | None = 30.0
     """A step that takes longer ends the run and names its samples; null waits for ever."""
+    spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A loss of more than so many times the mean of the 50 steps before ends the run and names its
+    samples; null goes on whatever it is."""
     checkpointing: Annotated[str, Field(pattern=r"^(none|blocks|every_[1-9]\d*)$")] = "none"
     """Blocks that are computed again in the backward pass, to save memory: `blocks` for each,
     `every_2` for every second one, ..."""

@@ -13,9 +13,9 @@ from pumice.core.shipped import SHIPPED_DIR
 if TYPE_CHECKING:
     from pumice.train.stages import DataSpec, StageSpec
 
-# They decide how often a stage is saved, how fast it reads, how long it waits and what it keeps in
+# They decide how often a stage is saved, how fast it reads, when it gives up and what it keeps in
 # memory, not what it computes.
-_FREE = ("workers", "save_every", "watchdog_minutes", "checkpointing")
+_FREE = ("workers", "save_every", "watchdog_minutes", "spike", "checkpointing")
 # A stage that does not use these is named as it was before there was such a choice.
 _LATER = {
     "packing": None,

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +116,7 @@ class StageSpec:
     workers: int = 1
     save_every: int = 500
     watchdog_minutes: float | None = 30.0
+    spike: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,13 +179,12 @@ def run_stage(
         spec, model, loader, out,
         fingerprint=fingerprint, validator=validator, following=following,
     )  # fmt: skip
-    start = time.monotonic()
     report = trainer.run(resume=resume)
     trained = model.whole()
 
     def finish() -> StageResult:
         assert trained is not None
-        result = StageResult(checkpoint=checkpoint, seconds=time.monotonic() - start, **report)
+        result = StageResult(checkpoint=checkpoint, **report)
         _finish(spec, out, trained, before, result, fingerprint, processor, loader, trainer.record)
         return result
 

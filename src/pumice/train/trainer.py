@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from pumice.train.validation import Validator
 
 log = logging.getLogger(__name__)
+# So many steps say what a loss usually is.
+_USUAL = 50
+_NOT_FINITE = "both must be finite."
+_SPIKE = (
+    "the loss is more than {times:g} times {usual:.3g}, the mean of the {steps} steps before. The "
+    "same command goes on from the last state and comes to this step again: `spike` may change."
+)
 
 
 class Trainer:
@@ -69,10 +76,13 @@ class Trainer:
         """For training.json: the last look at the held-out rows, where the loss left its band."""
         self.supervised = 0
         self.losses: list[float] = []
+        self.seconds_before = 0.0
+        """What those steps took that a run which was stopped has done."""
         self._stop = False
 
     def run(self, *, resume: bool) -> dict[str, Any]:
         """All steps that are left; gives the figures of `StageResult`."""
+        begun = time.monotonic()
         if not resume:
             self.states.discard()
         start = self.states.load()
@@ -94,6 +104,7 @@ class Trainer:
         last = self.losses[-50:]
         return {
             "steps": self.total,
+            "seconds": self.seconds_before + time.monotonic() - begun,
             "final_loss": sum(last) / len(last) if last else math.nan,
             "supervised_tokens": self.supervised,
             "resumed_from": start,
@@ -101,13 +112,18 @@ class Trainer:
         }
 
     def _run_log(self, start: int) -> AbstractContextManager[RunLog | None]:
-        """What the main process writes; a stage that goes on counts on."""
-        if not self.group.is_main:
-            return nullcontext()
-        rows = RunLog(self.out, self.spec, start, self.following)
-        self.supervised = sum(row["supervised"] for row in rows.earlier)
-        self.losses = [row["loss"] for row in rows.earlier]
-        return rows
+        """What the main process writes; a stage that goes on counts on, in all processes."""
+        made: list[RunLog] = []
+
+        def begin() -> tuple[list[float], int, float]:
+            made.append(RunLog(self.out, self.spec, start, self.following))
+            rows = made[0].earlier
+            losses = [row["loss"] for row in rows]
+            supervised = sum(row["supervised"] for row in rows)
+            return losses, supervised, sum(row["seconds"] for row in rows)
+
+        self.losses, self.supervised, self.seconds_before = self.group.from_main(begin)
+        return made[0] if made else nullcontext()
 
     def discard_states(self) -> None:
         """After the checkpoint is safe, the states have done their work."""
@@ -173,7 +189,11 @@ class Trainer:
         value, tokens = self.group.sum(own, read)
         size = self._clip()
         if not (math.isfinite(value) and math.isfinite(size)):
-            raise self._not_finite(step, batches, value, size)
+            raise self._bad_step(step, batches, value, size, "not_finite", _NOT_FINITE)
+        usual = sum(self.losses[-_USUAL:]) / _USUAL
+        if self.spec.spike and len(self.losses) >= _USUAL and value > self.spec.spike * usual:
+            words = _SPIKE.format(times=self.spec.spike, usual=usual, steps=_USUAL)
+            raise self._bad_step(step, batches, value, size, "spike", words)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.supervised += int(count)
@@ -203,18 +223,19 @@ class Trainer:
         clip = math.inf if self.spec.clip is None else self.spec.clip
         return float(whole_tensor(torch.nn.utils.clip_grad_norm_(self.trained, clip)))
 
-    def _not_finite(
-        self, step: int, batches: Sequence[Batch], loss: float, norm: float
+    def _bad_step(
+        self, step: int, batches: Sequence[Batch], loss: float, norm: float, kind: str, words: str
     ) -> PumiceError:
-        path = self.out / f"{self.spec.name}.not_finite.json"
+        """No weight has moved by this step; its samples are kept, and all processes stop."""
+        path = self.out / f"{self.spec.name}.{kind}.json"
         names = [name for own in self.group.gather(_ids_of(batches)()) for name in own]
         if self.group.is_main:
             write_json(path, {"step": step + 1, "loss": str(loss), "gradient_norm": str(norm),
                               "samples": names})  # fmt: skip
         return PumiceError(
             f"stage {self.spec.name!r} stopped at step {step + 1}: loss {loss}, gradient norm "
-            f"{norm}; both must be finite. The samples of this step are listed in {path}; look at "
-            "them, or lower the learning rate."
+            f"{norm}; {words} The samples of this step are listed in {path}; look at them, or "
+            f"lower the learning rate."
         )
 
     def _out_of_memory(self, step: int, batches: Sequence[Batch]) -> PumiceError:
