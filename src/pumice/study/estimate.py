@@ -95,7 +95,8 @@ def measured_rate(store: Store, cells: Sequence[Cell], base: Cell) -> Rate:
     published = base.recipe.published
     if published is not None and published.hours:
         hours = {str(name): number for name, number in published.hours.items()}
-        origin = f"the hours its source reports ({published.hardware}), without evaluation"
+        hardware = published.hardware
+        origin = f"the hours its source reports ({hardware}) for all its data, without evaluation"
         return PublishedHours(base.recipe, base.cost, hours, origin)
     origin = "the record of the pocket studies: one thread of two cores that others share"
     return FlopRate(_POCKET_FLOPS, _POCKET_QUESTION, _POCKET_START, origin)
