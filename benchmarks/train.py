@@ -188,7 +188,7 @@ class Bench:
         """All figures of this shape and stage."""
         found = self.measured()
         losses = {name: one["first_loss"] for name, one in found.items() if "failed" not in one}
-        if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE:
+        if losses and max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE:
             raise AssertionError(f"the first losses are {losses}")
         steps = self.task.steps
         tokens = [[len(one.input_ids) for one in step] for step in steps]
@@ -196,7 +196,7 @@ class Bench:
         flops = sum(map(self.cost.flops, steps))
         own = found["pumice"]
         return {
-            "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
+            "command": " ".join(["python benchmarks/train.py", *_without(sys.argv[1:], "--out")]),
             "machine": machine(),
             "accelerator": self.accelerator.title,
             "accelerator_tflops": self.accelerator.flops / 1e12,
@@ -284,6 +284,14 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """A command line's words but for an option and its value: a record holds no path."""
+    if option not in words:
+        return words
+    place = words.index(option)
+    return words[:place] + words[place + 2 :]
 
 
 def tell(figures: dict[str, Any]) -> None:
