@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pumice.infer.sampling import Sampler, choose
 from pumice.models.constants import IMAGE_ID
 from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
+from pumice.models.tiling import TilingSpec
 from pumice.processing.processor import Processor
 from small_requests import Recorder, mixed
 
@@ -158,6 +160,20 @@ def test_an_image_is_encoded_once(
         )[0]
     )
     assert sum(seen) == 5
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_what_is_kept_of_images_is_counted_whole(folders: SimpleNamespace, tiled: bool) -> None:
+    tiling = TilingSpec("hd", tiny.IMAGE_SIZE, max_tiles=4) if tiled else None
+    lmm = tiny.new_lmm(folders.vision, folders.language, tiling=tiling)
+    engine = Engine(lmm, tiny.processor_for(lmm, folders.language, tiling=tiling))
+    asked = [
+        Request((user("what", tiny.noise(seed)),), Sampling(max_new_tokens=1)) for seed in (0, 1, 2)
+    ]
+    engine.generate(asked)  # encoded together, and forgotten one by one
+    known = engine.memory.features._known.values()
+    held = {kept.untyped_storage().data_ptr(): kept.untyped_storage().nbytes() for kept in known}
+    assert len(held) == 3 and sum(held.values()) == engine.memory.features.bytes
 
 
 def test_training_mode_is_restored(engine: Engine) -> None:

@@ -116,8 +116,10 @@ class ImageFeatures:
             encoded = self._encode([wanted[key] for key in keys])
             self.encoded += len(keys)
             for key, features in zip(keys, encoded, strict=True):
-                self._known[key] = features
-                self.bytes += features.numel() * features.element_size()
+                # A view would hold the images that were encoded with it, forgotten or not.
+                view = features.untyped_storage().nbytes() > features.nbytes
+                self._known[key] = features.clone() if view else features
+                self.bytes += features.nbytes
         return errors
 
     def get(self, shown: Shown) -> torch.Tensor | None:
@@ -150,7 +152,7 @@ class ImageFeatures:
     def _forget(self) -> None:
         while self.bytes > self._max_bytes:
             _, encoded = self._known.popitem(last=False)
-            self.bytes -= encoded.numel() * encoded.element_size()
+            self.bytes -= encoded.nbytes
 
 
 class ContentHashes:
