@@ -21,10 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 import transformers
 from speed import machine, rounded
+from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -33,6 +35,7 @@ from transformers_llava import IMAGE_TOKEN, build_model
 
 import pumice
 from pumice.infer.engine import Engine
+from pumice.infer.pages import empty_like
 from pumice.infer.scheduler import Limits
 from pumice.models.config import LMMConfig
 from pumice.models.constants import IMAGE_ID
@@ -317,13 +320,15 @@ def throughput(seconds: dict[str, list[float]], count: int, unit: str) -> dict[s
 
 
 def read_gbytes() -> float:
-    """What one thread reads of memory in a second: a matrix of 256 MiB times a vector, the best."""
-    table, vector = torch.ones(1024, 65536), torch.ones(1, 1024)
+    """What the threads read of memory in a second: 256 MiB in large pages times a vector."""
+    vector = torch.ones(1024)
+    table = empty_like(vector, (1024, 65536)).fill_(1.0).numpy()
     best = 0.0
-    for _ in range(7):
-        start = clock()
-        torch.mm(vector, table)
-        best = max(best, table.numel() * 4 / 1e9 / (clock() - start))
+    with threadpool_limits(torch.get_num_threads(), "blas"):
+        for _ in range(7):
+            start = clock()
+            np.dot(vector.numpy(), table)
+            best = max(best, table.nbytes / 1e9 / (clock() - start))
     return best
 
 

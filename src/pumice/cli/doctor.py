@@ -14,7 +14,7 @@ from pumice.cli.options import JsonOption, example
 from pumice.cli.output import say, say_json, table
 from pumice.core.shipped import BACKBONES, MODELS, shipped
 
-_MODEL = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
+_MODEL = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "threadpoolctl")
 _RECIPE = ("pydantic", "pyyaml")
 _CLI = ("typer", "rich")
 _SERVE = ("fastapi", "uvicorn", "prometheus-client")
