@@ -35,7 +35,7 @@ from transformers_llava import IMAGE_TOKEN, build_model
 
 import pumice
 from pumice.infer.engine import Engine
-from pumice.infer.pages import empty_like
+from pumice.infer.pages import Pages
 from pumice.infer.scheduler import Limits
 from pumice.models.config import LMMConfig
 from pumice.models.constants import IMAGE_ID
@@ -322,7 +322,7 @@ def throughput(seconds: dict[str, list[float]], count: int, unit: str) -> dict[s
 def read_gbytes() -> float:
     """What the threads read of memory in a second: 256 MiB in large pages times a vector."""
     vector = torch.ones(1024)
-    table = empty_like(vector, (1024, 65536)).fill_(1.0).numpy()
+    table = Pages().empty((1024, 65536), torch.float32).fill_(1.0).numpy()
     best = 0.0
     with threadpool_limits(torch.get_num_threads(), "blas"):
         for _ in range(7):

@@ -40,14 +40,6 @@ class Pages:
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def empty_like(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor of this shape, and of the type and on the device of `tensor`."""
-    if tensor.device.type != "cpu":
-        return tensor.new_empty(*shape)
-    size = math.prod(shape) * tensor.element_size()
-    return _block(size)[:size].view(tensor.dtype).view(*shape)
-
-
 def _block(size: int) -> torch.Tensor:
     """uint8[size or more], from the beginning of a cache line."""
     memory = np.empty(size + _LINE, np.uint8)
