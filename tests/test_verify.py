@@ -151,6 +151,15 @@ def test_a_list_stays_a_list(tmp_path: Path) -> None:
         write_clean(source, set(), tmp_path / "a.json")
 
 
+def test_where_no_row_is_left_the_manifest_says_why(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"id": "bad"}]')
+    code, _, err = run("data", "verify", file, "--policy", "drop", "--out", tmp_path / "b.json")
+    assert code == 2 and "See the manifest" in err and not (tmp_path / "b.json").exists()
+    summary, finding = (json.loads(line) for line in manifest_path(file).open())
+    assert summary["policy"] == "drop" and finding["id"] == "bad"
+
+
 def test_the_data_itself_is_no_copy(tmp_path: Path, run: Run) -> None:
     (tmp_path / "a.json").write_text("[]")
     out = tmp_path / "." / "a.json"

@@ -102,21 +102,21 @@ def verify(
     _check_options(policy, out, evaluation or [], max_tokens, model or recipe)
     _check_paths(file, images, out)
     reader = reader_of(model, recipe, stage)
-    settings: dict[str, Any] = _lengths(reader, max_tokens)
-    if max_pixels is not None:
-        settings["max_pixels"] = max_pixels
     spec = VerifySpec(
-        evaluation=tuple(evaluation or ()), ignore=frozenset(ignore or ()), **settings
+        evaluation=tuple(evaluation or ()),
+        ignore=frozenset(ignore or ()),
+        **_limits(reader, max_tokens, max_pixels),
     )
     source = open_source(file, images, kind=kind)
     report = check(source, spec)
     applied: dict[str, Any] = {"policy": policy, "read_with": reader.name if reader else None}
+    path = manifest or manifest_path(file)
+    write_manifest(path, report, applied)  # Before a copy, of which nothing may be left.
     if policy == "drop" and out is not None:
         left = write_clean(source, report.bad_rows, out)
         write_clean_manifest(out, left, report, applied)
         applied |= {"clean_file": str(out), "clean_rows": left}
-    path = manifest or manifest_path(file)
-    write_manifest(path, report, applied)
+        write_manifest(path, report, applied)
     if as_json:
         say_json(report.summary() | applied | {"manifest": str(path)})
     else:
@@ -154,12 +154,15 @@ def _check_paths(file: Path, images: Path | None, out: Path | None) -> None:
         refuse_same(file, out)
 
 
-def _lengths(reader: Reader | None, max_tokens: int | None) -> dict[str, Any]:
+def _limits(
+    reader: Reader | None, max_tokens: int | None, max_pixels: int | None
+) -> dict[str, Any]:
+    limits: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
     if reader is None:
-        return {}
+        return limits
     limit = max_tokens or reader.max_tokens
     count = partial(reader.processor.encode, max_tokens=limit, pixels=False)
-    return {"count_tokens": count, "max_tokens": limit}
+    return limits | {"count_tokens": count, "max_tokens": limit}
 
 
 def _tell(report: Report, applied: dict[str, Any], path: Path) -> None:
