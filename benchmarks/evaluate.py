@@ -47,6 +47,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "evaluate.json"
 ROWS, NEW_TOKENS = 16, 8
 # The pocket model answers a hundred times as fast; its sets are so many times larger.
 POCKET_IMAGES = 5
+MODELS = ("pocket", "mid_size")
 
 log = logging.getLogger("evaluate")
 
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -211,8 +213,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_world(folder / "world", images=4, eval_images=3 * POCKET_IMAGES * arguments.images)
-        models = {"pocket": resolve_model("pocket"), "mid_size": mid_size(folder)}
-        for name, checkpoint in models.items():
+        for name in arguments.models:
+            checkpoint = resolve_model("pocket") if name == "pocket" else mid_size(folder)
             for title, each in (("pope_shaped", 6), ("mme_shaped", 2)):
                 images = arguments.images * (POCKET_IMAGES if name == "pocket" else 1)
                 data = official_files(folder / "world", folder / f"{name}-{title}", each, images)

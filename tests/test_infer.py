@@ -176,6 +176,36 @@ def test_what_is_kept_of_images_is_counted_whole(folders: SimpleNamespace, tiled
     assert len(held) == 3 and sum(held.values()) == engine.memory.features.bytes
 
 
+@pytest.mark.parametrize(("kept", "at_once"), [(2**20, 4), (0, 2)])
+def test_images_of_waiting_requests_are_encoded_together(
+    lmm: LMM,
+    processor: Processor,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: int,
+    at_once: int,
+) -> None:
+    seen: list[int] = []
+    encode = LMM.encode_images
+    monkeypatch.setattr(
+        LMM, "encode_images", lambda lmm, x, *more: (seen.append(len(x)), encode(lmm, x, *more))[1]
+    )
+    images: list[Any] = [tiny.noise(number) for number in range(6)]
+    images.insert(3, pictures / "broken.png")
+    requests = [
+        Request((user(text, image),), Sampling(max_new_tokens=3), id=f"{text} {place}")
+        for place, image in enumerate(images)
+        for text in ("what is", "the red cat", "a dog", "of blue")
+    ]
+    engine = Engine(lmm, processor, 4, feature_bytes=kept)
+    results = engine.generate(requests)
+    assert seen[0] == at_once and sum(seen) == 6
+    failed = {result.id.split()[-1] for result in results if result.error is not None}
+    assert failed == {"3"} and sum(result.error is not None for result in results) == 4
+    alone = [Engine(lmm, processor, 1).generate([request])[0] for request in requests]
+    assert [result.text for result in results] == [result.text for result in alone]
+
+
 def test_training_mode_is_restored(engine: Engine) -> None:
     engine.lmm.train()
     engine.lmm.vision.eval()

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import ImagePart, Message, Sample, TextPart, assistant, user
 from pumice.models.constants import IGNORE, IMAGE_ID
+from pumice.processing import text_encoder
 from pumice.processing.encoded import Encoded
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import PROCESSOR_FILE, Processor
@@ -210,6 +211,16 @@ def test_ordinary_text_reads_as_by_the_tokenizer_itself(kind: str) -> None:
         assert [made.eos_token_id, *encoder.after_token(text)] == behind_end
         whole = made("x:" + " " + text, add_special_tokens=False)["input_ids"]
         assert encoder.start("x:") + encoder.after_text("x:", " " + text) == whole
+
+
+def test_a_text_is_read_again_as_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder, "_KNOWN_TEXTS", 3)
+    made, encoder = tokenizer("llama"), TextEncoder(tokenizer("llama"))
+    for text in [*"abcdefab", "long " * 100] * 2:
+        ids = encoder.start(text)
+        assert ids == made(text, add_special_tokens=False)["input_ids"]
+        ids.clear()  # what a caller does with them is not remembered
+    assert len(encoder._known) <= 3
 
 
 def test_a_special_spelling_in_text_is_read_as_any_other_text() -> None:

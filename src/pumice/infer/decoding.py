@@ -44,8 +44,8 @@ class Running:
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Gives up the places of these rows."""
-        for row in rows:
-            place = self.rows.index(row)
+        # From the last place on, so that no row is moved that then leaves as well.
+        for place in sorted(map(self.rows.index, rows), reverse=True):
             self.rows[place] = self.rows[-1]
             self.rows.pop()
             self.cache.leave(place, max((row.length for row in self.rows), default=0))

@@ -89,7 +89,8 @@ class Engine:
         size = _WINDOW * self.max_batch
         starts = iter(range(0, len(requests), size))
         start: int | None = next(starts, None)
-        with self._at_work(Limits(self.max_batch)) as scheduler:
+        ahead = self.memory.features.max_bytes > 0
+        with self._at_work(Limits(self.max_batch, look_ahead=ahead)) as scheduler:
             while start is not None or not scheduler.idle:
                 # Before the last rows of a window run alone, the next one joins them.
                 if start is not None and len(scheduler.waiting) < self.max_batch:

@@ -65,7 +65,7 @@ class ImageFeatures:
         self._lmm = lmm
         self._processor = processor
         self._batch = batch
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self.encoded = 0
         """Images that went through the vision backbone."""
         self.clear()
@@ -150,7 +150,7 @@ class ImageFeatures:
             return self._lmm.encode_images(pixels, [image.size for image in images], instruction)
 
     def _forget(self) -> None:
-        while self.bytes > self._max_bytes:
+        while self.bytes > self.max_bytes:
             _, encoded = self._known.popitem(last=False)
             self.bytes -= encoded.nbytes
 

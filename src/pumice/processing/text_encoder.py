@@ -15,6 +15,9 @@ from pumice.processing.templates import TEMPLATES, Token
 
 # Ends of a text to read a continuation behind, after the true one: a mark between words first.
 _ANCHORS = (":", ".", "\n", "a")
+# Templates' own texts, and the questions of a benchmark, come again and again.
+_KNOWN_TEXTS = 4096
+_KNOWN_LENGTH = 256
 
 
 class TextEncoder:
@@ -31,6 +34,7 @@ class TextEncoder:
         }
         self._unknown = tokenizer.unk_token_id
         self._anchors: dict[str, list[int]] = {}
+        self._known: dict[str, list[int]] = {}
         self._marks_after_token = self._probe_after_token()
 
     def token_id(self, token: Token) -> int | None:
@@ -77,6 +81,17 @@ class TextEncoder:
         return self._anchors[anchor]
 
     def _read(self, text: str, where: str) -> list[int]:
+        known = self._known.get(text)
+        if known is not None:
+            return list(known)
+        ids = self._read_anew(text, where)
+        if len(text) <= _KNOWN_LENGTH:
+            if len(self._known) >= _KNOWN_TEXTS:
+                self._known.clear()
+            self._known[text] = list(ids)
+        return ids
+
+    def _read_anew(self, text: str, where: str) -> list[int]:
         try:
             ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         except TypeError as error:
