@@ -86,9 +86,15 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     kept = before < column([s.top_p for s in samplers])
     kept &= rank < column([float(s.top_k or vocabulary) for s in samplers])
     kept[:, 0] = True
-    reach = (probs * kept).cumsum(dim=-1)
-    target = column([s.draw() for s in samplers]) * reach[:, -1:]
-    place = torch.searchsorted(reach, target, right=True).clamp_(max=vocabulary - 1)
-    place = torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1)
-    tokens: list[int] = order.gather(1, place).squeeze(1).tolist()
+    # Walked in the order of the vocabulary: by size, two tokens that are as likely but for rounding
+    # would change places, and the draw would hang on the batch size again.
+    weights = torch.zeros_like(probs).scatter_(1, order, probs * kept)
+    reach = weights.cumsum(dim=-1)
+    whole = reach[:, -1:]
+    # Below the whole, so that a token is found, and the first beyond it has a weight.
+    target = torch.minimum(
+        column([s.draw() for s in samplers]) * whole, whole.nextafter(torch.zeros_like(whole))
+    )
+    place = torch.searchsorted(reach, target, right=True)
+    tokens: list[int] = place.squeeze(1).tolist()
     return tokens
