@@ -253,6 +253,7 @@ def cpu_seconds(pool: Any) -> float:
 
 READ = """
 import json, sys, time
+from pumice.core.memory import peak_memory_bytes
 start = time.perf_counter()
 from pumice.data.loader import Loader
 from pumice.data.mixture import Mixture, Part
@@ -268,12 +269,10 @@ class Plain:
 loader = Loader(Mixture([Part(source)], 0), Plain(), 128, 0, workers=int(sys.argv[2]),
                 collate=lambda rows, pad: rows)
 seen = sum(len(batch) for batch in loader.iterate(0, 60))
-# Not ru_maxrss, which a process inherits from the one that started it.
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps({
     "open_s": round(opened - imported, 3),
     "first_60_batches_s": round(time.perf_counter() - opened, 3),
-    "peak_megabytes": int(status["VmHWM"].split()[0]) // 1024,
+    "peak_megabytes": peak_memory_bytes() // 2**20,
 }))
 """
 

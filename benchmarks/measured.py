@@ -27,6 +27,15 @@ def where(script: str) -> dict[str, Any]:
     }
 
 
+def status(key: str) -> int:
+    """Bytes of a line of this process's status, such as VmRSS: what it holds now.
+
+    VmHWM is the most it held, as getrusage's mark is inherited.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
 def write(name: str, record: dict[str, Any]) -> None:
     """The result file, also shown."""
     text = json.dumps(record, indent=1) + "\n"

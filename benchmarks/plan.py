@@ -5,9 +5,8 @@
 Each case is one training step of pumice (forward, backward, AdamW) in a process of its own, on the
 CPU: the peak of its resident memory, less what it held before the model was built. The prediction
 is weights, optimizer states and the simulated step. glibc is told to give every freed block back:
-what its heap otherwise keeps
-between blocks is no need of the step, and came to 4 to 54 % more at the mid size.
-Writes results/plan.json.
+what its heap otherwise keeps between blocks is no need of the step, and came to 4 to 54 % more at
+the mid size. Writes results/plan.json.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import sys
 from typing import Any
 
 import torch
-from measured import where, write
-from train import status
+from measured import status, where, write
 from train_model import SHAPES, Encoded, Shape, new_model, pack
 from train_sides import own_trainer
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from measured import where, write
+from measured import status, where, write
 
 from pumice.core.distributed import rank
 from pumice.core.processes import Processes, joined_processes
@@ -119,32 +119,25 @@ def together(root: Path, processes: int, *more: str) -> list[dict[str, float]]:
 def part(root: Path, *, all_read: bool) -> None:
     """One of the processes."""
     begin, make = parallel.SharedModel.__init__, build.build_model
-    first: list[float] = []
+    first: list[int] = []
 
     def shared(self: parallel.SharedModel, lmm: LMM, *more: Any, **named: Any) -> None:
         begin(self, lmm, *more, **named)
         found = {
-            "most_mib": round(held("VmHWM") - first[0]),
-            "shared_out_mib": round(held() - first[0]),
+            "most_mib": round((status("VmHWM") - first[0]) / MIB),
+            "shared_out_mib": round((status("VmRSS") - first[0]) / MIB),
         }
         (root / f"held.{rank()}").write_text(json.dumps(found))
         raise SystemExit(0)
 
     def read(spec: StageSpec, group: Processes) -> tuple[LMM, bool]:
-        first.append(held())
+        first.append(status("VmRSS"))
         return make(spec) if all_read else make(spec, group)
 
     reading = mock.patch.object(stages, "build_model", read)
     counting = mock.patch.object(parallel.SharedModel, "__init__", shared)
     with reading, counting, joined_processes() as group:
         run_stage(stage(root, init=root / "first"), root / f"out-{all_read}", group=group)
-
-
-def held(field: str = "VmRSS") -> float:
-    """MiB of main memory in use now, or (`VmHWM`) the most so far of this program alone."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith(f"{field}:")]
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

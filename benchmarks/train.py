@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import train_cost
+from measured import status
 from speed import machine, rounded
 from train_cost import Choice, Cost, this_accelerator
 from train_model import SHAPES, Shape, conversation, new_model
@@ -298,12 +299,6 @@ def tell(figures: dict[str, Any]) -> None:
     """A line for the process that asked."""
     sys.stdout.write(json.dumps(figures) + "\n")
     sys.stdout.flush()
-
-
-def status(key: str) -> int:
-    """Bytes of a line of this process's status. Not getrusage: its mark is inherited."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 if __name__ == "__main__":

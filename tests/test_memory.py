@@ -1,7 +1,9 @@
-"""Memory that is no longer used goes back to the system."""
+"""Memory that is no longer used goes back to the system; the most that was held is told."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -50,3 +52,14 @@ def test_what_only_a_cycle_holds_is_freed() -> None:
 def test_another_c_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
     give_back_memory()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="only Linux tells it of a process alone"
+)
+def test_a_peak_is_the_process_own_and_not_inherited() -> None:
+    block = bytearray(b"x") * 2**28
+    assert memory.peak_memory_bytes() >= len(block)
+    asked = "from pumice.core.memory import peak_memory_bytes; print(peak_memory_bytes())"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert 2**20 < int(told.stdout) < 2**27

@@ -1,10 +1,8 @@
-"""What a run measures about itself: metrics.jsonl, memory, and the hash of each part."""
+"""What a run measures about itself: metrics.jsonl, and the hash of each part."""
 
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,6 @@ def stage_rows(path: Path, stage: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [row for _, row in read_jsonl(path, allow_cut_tail=True) if row["stage"] == stage]
-
-
-def peak_memory_bytes() -> int:
-    """The most main memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def part_hash(part: nn.Module) -> str:
