@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_each_process_runs_the_recipe_in_its_place(run: Run, tmp_path: Path) -> 
         f"0|0|16|8|one|23456|8|{command}",
         f"9|1|16|8|one|23456|8|{command}",
     ]
+
+
+def test_options_of_the_run_reach_its_processes(run: Run) -> None:
+    given = ("--feature-cache", "features of mine", "--feature-cache-gb", "2.5")
+    text = script(run, *given, "--track", "tensorboard", "--track", "wandb")
+    words = shlex.split(text.splitlines()[-1])
+    assert words[-8:] == [*given, "--track", "tensorboard", "--track", "wandb"]
+    code, _, err = run("launch", "slurm", *ASKED, "--track", "tensorbord")
+    assert code == 2 and "Did you mean 'tensorboard'" in err
 
 
 def test_what_is_asked_of_slurm(run: Run) -> None:

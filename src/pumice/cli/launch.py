@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pumice.cli.options import example
+from pumice.cli.options import FeatureCacheGbOption, FeatureCacheOption, TrackOption, example
 from pumice.cli.output import say
 from pumice.core.errors import PumiceError
 
@@ -63,16 +63,29 @@ def slurm(
     python: Annotated[
         str, typer.Option("--python", help="The interpreter on the machines.")
     ] = "python",
+    feature_cache: FeatureCacheOption = None,
+    feature_cache_gb: FeatureCacheGbOption = None,
+    track: TrackOption = None,
 ) -> None:
     """Print a Slurm job script on stdout.
 
     Submit it with sbatch, and the same script again to go on after its time was over.
     """
     from pumice.recipe.load import load_recipe
+    from pumice.train.trackers import TRACKERS
 
     loaded = load_recipe(recipe, overrides or [])
     check_shares(loaded, nodes * gpus_per_node)
+    for name in track or ():
+        # Known, that is; whether its package is there, the machines say.
+        TRACKERS[name]
+    options = [
+        ("--feature-cache", feature_cache),
+        ("--feature-cache-gb", feature_cache_gb),
+        *(("--track", name) for name in track or ()),
+    ]
     run = [python, "-m", "pumice", "run", recipe, *(overrides or []), "--out", str(out)]
+    run += [word for key, value in options if value is not None for word in (key, str(value))]
     asked = {
         "job-name": f"pumice-{loaded.name}",
         "nodes": nodes,

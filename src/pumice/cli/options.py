@@ -76,6 +76,15 @@ ResumeOption = Annotated[
     Literal["auto", "never"],
     typer.Option("--resume", help="auto goes on where a run stopped; never starts again."),
 ]
+FeatureCacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Keep image features of a frozen vision backbone here, for reuse."
+    ),
+]
+FeatureCacheGbOption = Annotated[
+    float | None, typer.Option(metavar="N", help="Write at most N GB of image features.")
+]
 TrackOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Curves also to tensorboard or wandb; may be repeated."),
