@@ -174,7 +174,7 @@ class Validator:
         over = False
         while True:
             token = int(logits.argmax())
-            over = over or len(said) == limit or token in ends
+            over = over or len(said) >= limit or token in ends
             if not over:
                 said.append(token)
             if self.group.sum(not over) == [0]:
