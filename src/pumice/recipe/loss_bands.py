@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pumice.core.files import read_json, sha256_bytes
+from pumice.train.fingerprint import FREE
 
 if TYPE_CHECKING:
     from pumice.recipe.schema import Recipe
     from pumice.train.loss_band import LossBand
 
 BANDS = Path(__file__).parent / "loss_bands.json"
-# They say how a step is computed, watched and looked at, not what it is.
-_FREE_OF_STAGE = {
-    "packing", "micro_batch_size", "checkpointing", "compile", "watchdog_minutes", "spike",
-    "validation",
-}  # fmt: skip
+# Beside what a stage may change while it goes on: in which pieces a step is computed and when it is
+# looked at, not what it is.
+_FREE_OF_STAGE = {*FREE, "packing", "micro_batch_size", "compile", "validation"}
 _FREE_OF_WORLD = {"eval_images"}
 
 
@@ -62,6 +61,8 @@ def choices(recipe: Recipe, stage: str) -> str:
     takes no band away. Data of one's own are not known by their names, so that a recipe
     without a world has no band.
     """
+    if recipe.world is None:
+        return ""
     names = [name for name, _ in recipe.stage_list()]
     stages = dict.fromkeys(names, _FREE_OF_STAGE)
     said: dict[str, Any] = recipe.model_dump(
@@ -69,8 +70,6 @@ def choices(recipe: Recipe, stage: str) -> str:
         exclude={"stages": stages, "world": _FREE_OF_WORLD},
         exclude_defaults=True,
     )
-    if recipe.world is None:
-        return ""
     said["stages"] = {n: said["stages"][n] for n in names[: names.index(stage) + 1]}
     return sha256_bytes(json.dumps(said, sort_keys=True).encode())
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # They decide how often a stage is saved, how fast it reads, when it gives up and what it keeps in
 # memory, not what it computes.
-_FREE = ("workers", "save_every", "watchdog_minutes", "spike", "checkpointing")
+FREE = ("workers", "save_every", "watchdog_minutes", "spike", "checkpointing")
 # A stage that does not use these is named as it was before there was such a choice.
 _LATER = {
     "packing": None,
@@ -44,7 +44,7 @@ def spec_fingerprint(spec: StageSpec) -> str:
     from pumice.models.connectors import named_by_content
 
     content: dict[str, Any] = asdict(spec)
-    for key in _FREE:
+    for key in FREE:
         content.pop(key)
     for key, unused in _LATER.items():
         if content[key] == unused:

@@ -97,8 +97,9 @@ class LossWatch:
         self.outside: list[dict[str, Any]] = []
         """The windows outside of the band: their last step, mean, and the band there."""
         self._losses: deque[float] = deque(maxlen=band.window)
+        self.left = False
+        """Whether so many windows running were outside that it is no chance."""
         self._running = 0
-        self._told = False
         for row in earlier:
             self._losses.append(row["loss"])
             self._count(row.get("loss_band"))
@@ -113,9 +114,9 @@ class LossWatch:
         mean = _short(sum(self._losses) / len(self._losses))
         found = {"step": step, "mean": mean, "low": low, "high": high,
                  "outside": not low <= mean <= high}  # fmt: skip
+        known = self.left
         self._count(found)
-        if self._running >= _LEFT_AFTER and not self._told:
-            self._told = True
+        if self.left and not known:
             log.warning(self.told(found))
         return found
 
@@ -123,6 +124,7 @@ class LossWatch:
         if found is None:
             return
         self._running = self._running + 1 if found["outside"] else 0
+        self.left = self.left or self._running >= _LEFT_AFTER
         if found["outside"]:
             self.outside.append(found)
 
@@ -138,13 +140,8 @@ class LossWatch:
 
     def summary(self) -> dict[str, Any]:
         """For training.json: the band, and the windows outside of it."""
-        words = self.told(self.outside[-1]) if self._left() else ""
+        words = self.told(self.outside[-1]) if self.left else ""
         return {**asdict(self.band), "outside": self.outside, "warning": words}
-
-    def _left(self) -> bool:
-        """Whether two windows running were outside."""
-        steps = {found["step"] for found in self.outside}
-        return any(step + self.band.window in steps for step in steps)
 
 
 _ABOVE = (
