@@ -157,7 +157,7 @@ def test_a_tracker_that_cannot_write_is_refused_before_anything_is_made(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = run("run", "pocket-quick", "--out", tmp_path / "out", "--track", "tensorbord")
-    assert code == 2 and "--track tensorbord is unknown" in err and "tensorboard" in err
+    assert code == 2 and "--track 'tensorbord' is unknown" in err and "tensorboard" in err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PumiceError, match=r"pip install 'pumice\[wandb\]'"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pumice.cli.options import JsonOption, ResumeOption, TrackOption, example
+from pumice.cli.options import (
+    FeatureCacheGbOption,
+    FeatureCacheOption,
+    JsonOption,
+    ResumeOption,
+    TrackOption,
+    example,
+)
 from pumice.cli.output import note, say, say_json
 from pumice.cli.score_text import score_table
 from pumice.cli.stages import first_stage_spec, stage_specs
@@ -32,8 +39,6 @@ if TYPE_CHECKING:
 
 # The recipe's keys that may change between two runs into one directory: they train nothing.
 _FREE_KEYS = {"name", "about", "source", "published", "eval"}
-# So may when a step ends a run, and what is computed twice to save memory.
-_FREE_OF_STAGE = {"watchdog_minutes", "spike", "checkpointing"}
 # Where the data and the backbones lie may change; their content is compared by each stage.
 _FREE_PLACES = {"data": True, "model": {"vision", "language", "connector_from"}}
 
@@ -67,15 +72,8 @@ def run(
         Literal["align", "tune"] | None, typer.Option("--stage", help="Run this stage only.")
     ] = None,
     resume: ResumeOption = "auto",
-    feature_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep image features of a frozen vision backbone here, for reuse."
-        ),
-    ] = None,
-    feature_cache_gb: Annotated[
-        float | None, typer.Option(metavar="N", help="Write at most N GB of image features.")
-    ] = None,
+    feature_cache: FeatureCacheOption = None,
+    feature_cache_gb: FeatureCacheGbOption = None,
     store: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Take finished stages from here, and keep them here."),
@@ -92,16 +90,20 @@ def run(
     together; each keeps a log in DIR/logs. With --store, runs that begin alike train a stage once,
     and a process that still works on DIR is waited for.
     """
+    from filelock import FileLock
+
     from pumice.core.processes import joined_processes
     from pumice.recipe.load import load_recipe
+    from pumice.train.trackers import check_trackers
 
     loaded = load_recipe(recipe, overrides or [])
     check_choices(loaded, stage)
     check_store(store, resume)
+    check_trackers(track or ())
     cache = _feature_cache(feature_cache, feature_cache_gb)
     resumes = resume == "auto"
     with (
-        nullcontext() if store is None else _alone_in(out),
+        nullcontext() if store is None else FileLock(out / "run.lock"),
         joined_processes() as group,
         LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
     ):
@@ -131,9 +133,7 @@ def _run_all(
 ) -> tuple[list[StageResult], Evaluated | None]:
     from pumice.recipe.loss_bands import loss_band
     from pumice.train.run_log import Following
-    from pumice.train.trackers import check_trackers
 
-    check_trackers(track)
     data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes))
     specs = [s for s in stage_specs(recipe, data, out) if stage is None or s.name == stage]
     results = [
@@ -154,13 +154,6 @@ def prepare_run(recipe: Recipe, out: Path, *, resumes: bool) -> Path:
     if not going_on:
         keep_recipe(recipe, out)
     return data
-
-
-def _alone_in(out: Path) -> AbstractContextManager[object]:
-    """Waits until no other process works on `out`, and keeps others out."""
-    from filelock import FileLock
-
-    return FileLock(out / "run.lock")
 
 
 def check_store(store: Path | None, resume: str) -> None:
@@ -206,11 +199,12 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
 def check_same_recipe(recipe: Recipe, out: Path) -> bool:
     """Whether `out` holds a run of this recipe; a run of another recipe there is an error."""
     from pumice.recipe.load import load_recipe
+    from pumice.train.fingerprint import FREE
 
     path = out / "recipe.yaml"
     if not path.is_file():
         return False
-    stages = dict.fromkeys(dict(recipe.stage_list()), _FREE_OF_STAGE)
+    stages = dict.fromkeys(dict(recipe.stage_list()), set(FREE))
     free: Any = dict.fromkeys(_FREE_KEYS, True) | _FREE_PLACES | {"stages": stages}
     there = load_recipe(str(path)).model_dump(exclude=free)
     changed = _differences(there, recipe.model_dump(exclude=free))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pumice.core.files import JsonlWriter
@@ -65,13 +64,6 @@ class RunLog:
         """For training.json."""
         return {} if self._watch is None else {"loss_band": self._watch.summary()}
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """No row comes any more."""
         self._opened.close()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_atomic
-from pumice.core.registry import suggest
+from pumice.core.registry import Registry
 
 
 class Tracker(Protocol):
@@ -88,24 +88,23 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, tuple[str, Callable[[Path, str, int, dict[str, Any]], Tracker]]] = {
-    "tensorboard": ("tensorboard", TensorBoard),
-    "wandb": ("wandb", WandB),
-}
+TRACKERS: Registry[tuple[str, Callable[[Path, str, int, dict[str, Any]], Tracker]]] = Registry(
+    "--track",
+    {
+        "tensorboard": ("tensorboard", TensorBoard),
+        "wandb": ("wandb", WandB),
+    },
+)
 """By name: the package it needs, which is also that of the extra, and what writes."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse, before anything is made, a name that means nothing or lacks its package."""
     for name in names:
-        if name not in TRACKERS:
+        package, _ = TRACKERS[name]
+        if importlib.util.find_spec(package) is None:
             raise PumiceError(
-                f"--track {name} is unknown; known: {', '.join(TRACKERS)}."
-                f"{suggest(name, TRACKERS)} metrics.jsonl is written in any case."
-            )
-        if importlib.util.find_spec(TRACKERS[name][0]) is None:
-            raise PumiceError(
-                f"--track {name} needs the package {TRACKERS[name][0]}, which is not installed. "
+                f"--track {name} needs the package {package}, which is not installed. "
                 f"Install it with pip install 'pumice[{name}]', or leave --track {name} out."
             )
 

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_json
+from pumice.core.memory import peak_memory_bytes
 from pumice.core.progress import Progress, progress
-from pumice.train.metrics import peak_memory_bytes
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from pumice.train.parallel import SharedModel, whole_tensor
 from pumice.train.run_log import Following, RunLog
@@ -101,7 +101,7 @@ class Trainer:
             self.states.close()
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
-        last = self.losses[-50:]
+        last = self.losses[-_USUAL:]
         return {
             "steps": self.total,
             "seconds": self.seconds_before + time.monotonic() - begun,
@@ -123,7 +123,7 @@ class Trainer:
             return losses, supervised, sum(row["seconds"] for row in rows)
 
         self.losses, self.supervised, self.seconds_before = self.group.from_main(begin)
-        return made[0] if made else nullcontext()
+        return closing(made[0]) if made else nullcontext()
 
     def discard_states(self) -> None:
         """After the checkpoint is safe, the states have done their work."""
