@@ -138,10 +138,6 @@ def test_tensorboard_reads_back_what_stands_in_metrics(spec: StageSpec, tmp_path
     assert probe["wanted"].encode() in events.Tensors(text)[-1].tensor_proto.string_val[0]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("wandb") is None,
-    reason="wandb is not installed (pip install 'pumice[wandb]')",
-)
 def test_wandb_keeps_a_run_offline(
     spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
