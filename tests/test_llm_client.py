@@ -181,6 +181,8 @@ def test_two_processes_cannot_pay_into_one_file(tmp_path: Path) -> None:
         pytest.raises(PumiceError, match="in use by another process"),
     ):
         LLMClient(endpoint("http://127.0.0.1:9"), cache=kept)
+    # The lock is not the file of replies, which some versions of filelock would empty.
+    assert (tmp_path / "kept.jsonl.lock").is_file()
     kept.write_text('{"id": 3}\n')
     with pytest.raises(PumiceError, match="line 1: this is no reply"):
         LLMClient(endpoint("http://127.0.0.1:9"), cache=kept)

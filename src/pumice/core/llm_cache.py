@@ -27,7 +27,8 @@ class ReplyCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path, thread_local=False)
+        # Beside the replies: some versions empty the file that they lock.
+        self._lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
@@ -35,6 +36,7 @@ class ReplyCache:
                 f"the replies {path} are in use by another process, which would pay for the same "
                 f"answers. Wait until it has ended, or give another file."
             ) from error
+        path.touch()
         self._rows: dict[str, dict[str, Any]] = {}
         self.spent = self.lost = 0.0
         for number, row in read_jsonl(path, allow_cut_tail=True):
