@@ -144,12 +144,11 @@ def generate(
             for file in (good, bad):
                 file.flush()
                 os.fsync(file.fileno())
-    except PumiceError:
+        for part, path in zip(parts, (out, rejected), strict=True):
+            part.replace(path)
+    finally:
         for part in parts:
             part.unlink(missing_ok=True)
-        raise
-    for part, path in zip(parts, (out, rejected), strict=True):
-        part.replace(path)
     return outcome
 
 
