@@ -219,11 +219,34 @@ def test_vizwiz_prompts_and_both_ids(tmp_path: Path) -> None:
     assert row_protocol(vizwiz, control=None)["protocol"] == "paper"
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "options"),
+    [
+        ("vqav2", "llava_vqav2_mscoco_test2015.jsonl", {"split": "test2015", "prompt": "none"}),
+        ("vizwiz", "llava_test.jsonl", {"split": "test", "prompt": "short"}),
+    ],
+)
+def test_questions_with_their_prompt_are_not_asked_with_another(
+    name: str, file: str, options: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [{"question_id": 1, "image": "1.jpg", "text": f"What?{SHORT}"}]
+    dump_lines(tmp_path / file, rows)
+    published = BENCHMARKS[name].with_options({"split": options["split"]})
+    assert prompts(published, tmp_path) == [f"What?{SHORT}"]
+    with pytest.raises(DataError, match=f"{name}: .*{file} .* prompt={options['prompt']}"):
+        BENCHMARKS[name].with_options(options).load(tmp_path)
+
+
 def test_xgqa_reads_the_file_of_its_language(tmp_path: Path) -> None:
     root = FILES["xgqa"](tmp_path)
     assert prompts(BENCHMARKS["xgqa"], root)[0] == "What is number 0?" + SHORT
     with pytest.raises(DataError, match="testdev_balanced_questions_zh.json"):
         BENCHMARKS["xgqa"].with_options({"language": "zh"}).load(root)
+    # The images are GQA's, and may lie where GQA's own file finds them.
+    image = tmp_path / "gqa" / "data" / "images" / "n0.jpg"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    assert BENCHMARKS["xgqa"].load(root)[0].image == image
 
 
 def test_textvqa_asks_with_ocr_and_finds_answers_by_prompt(tmp_path: Path) -> None:

@@ -221,17 +221,18 @@ class Benchmark(ABC):
 
         The published prompt goes without saying.
         """
-        return {
-            name: value
-            for name, value in self.chosen.items()
-            if (name, value) != ("prompt", self.choices[name][0])
-        }
+        published = () if self.other_prompt else ("prompt",)
+        return {name: value for name, value in self.chosen.items() if name not in published}
+
+    @property
+    def other_prompt(self) -> bool:
+        """Whether another `prompt` than the published one was chosen."""
+        return "prompt" in self.choices and self.chosen["prompt"] != self.choices["prompt"][0]
 
     @property
     def as_published(self) -> bool:
         """Whether questions are, byte for byte, those LLaVA-1.5 was asked."""
-        prompts = self.choices.get("prompt", ("",))
-        return self.paper and self.chosen.get("prompt", "") == prompts[0]
+        return self.paper and not self.other_prompt
 
     def prompt(self, question: str) -> str:
         """The question as it is asked, where `choices` has `prompt`."""

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pumice.core.errors import DataError
 from pumice.core.files import read_jsonl
-from pumice.eval.benchmark import Item
+from pumice.eval.benchmark import Benchmark, Item
 from pumice.eval.locate import ImageFinder, require
 
 
-def read_questions(path: Path, find_image: ImageFinder) -> list[Item]:
-    """One item per row, without a truth; the prompt is the row's text, byte for byte."""
+def read_questions(path: Path, find_image: ImageFinder, benchmark: Benchmark) -> list[Item]:
+    """One item per row, without a truth; the prompt is the row's text, byte for byte.
+
+    So another prompt than the published one is an error.
+    """
+    if benchmark.other_prompt:
+        raise DataError(
+            f"{benchmark.name}: {path} holds the questions with their published prompt, and "
+            f"prompt={benchmark.chosen['prompt']} was asked for. Put the official question file "
+            f"in its place, or leave the option prompt out."
+        )
     items = []
     for number, row in read_jsonl(path):
         require(row, ("question_id", "image", "text"), f"{path}, line {number}")

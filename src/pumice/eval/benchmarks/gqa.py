@@ -18,6 +18,8 @@ from pumice.eval.locate import ImageFinder, find_file, require
 
 FILES = ("{split}_balanced_questions.json", "{split}_all_questions.json")
 _NEEDED = ("question", "imageId", "answer", "isBalanced", "types", "groups")
+# xGQA, which has no images of its own, finds them where GQA's own folder is.
+_IMAGES = ("", "images/", "data/images/", "gqa/images/", "gqa/data/images/")
 # Between a group's name and an answer, either of which may hold a slash.
 _BY = "\t"
 
@@ -54,7 +56,7 @@ class GQA(Benchmark):
         image = f"{question['imageId']}.jpg"
         return Item(
             id=name,
-            image=find_image(image, f"images/{image}", f"data/images/{image}"),
+            image=find_image(*(f"{place}{image}" for place in _IMAGES)),
             prompt=self.prompt(question["question"]),
             truth=question["answer"],
             group=question["imageId"],

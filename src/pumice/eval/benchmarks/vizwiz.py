@@ -49,7 +49,7 @@ class VizWiz(Benchmark):
         file = find_file(data_dir, self.name, names + llava)
         find_image = ImageFinder(data_dir, self.name)
         if file.suffix == ".jsonl":
-            return read_questions(file, find_image)
+            return read_questions(file, find_image, self)
         items = []
         for index, row in enumerate(read_json(file)):
             where = f"{file}, question {index}"

@@ -62,7 +62,7 @@ class VQAv2(Benchmark):
         questions_file = find_file(data_dir, self.name, names if not self.judged else names[:1])
         find_image = ImageFinder(data_dir, self.name)
         if questions_file.suffix == ".jsonl":
-            return read_questions(questions_file, find_image)
+            return read_questions(questions_file, find_image, self)
         questions = read_json(questions_file)
         require(questions, ("questions",), str(questions_file))
         annotations = self._annotations(data_dir)
