@@ -271,3 +271,21 @@ def test_draws_follow_the_distribution() -> None:
         share = torch.bincount(drawn, minlength=4) / 2000
         torch.testing.assert_close(share, weights, atol=0.04, rtol=0)
     assert choose(logits, [Sampler(Sampling())]) == [0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.95}])
+def test_rounding_moves_no_draw(settings: dict[str, Any]) -> None:
+    # Runs of equal logits, which rounding puts into any order; the cuts stand between such runs.
+    levels = torch.tensor([3.0, 3.0, 3.0, 1.0, 1.0, -1.0, -1.0, -1.0, -9.0])
+    logits = levels[torch.randperm(9, generator=torch.Generator().manual_seed(0))]
+    draw = torch.Generator().manual_seed(1)
+    for seed in range(200):
+        rounded = logits + 1e-6 * torch.randn(9, generator=draw)
+        sampling = Sampling(temperature=1.0, seed=seed, **settings)
+        one, other = (choose(row[None], [Sampler(sampling)]) for row in (logits, rounded))
+        assert one == other
+
+
+def test_a_token_is_drawn_even_where_logits_are_no_numbers() -> None:
+    logits = torch.full((1, 5), float("nan"))
+    assert choose(logits, [Sampler(Sampling(temperature=1.0))])[0] in range(5)

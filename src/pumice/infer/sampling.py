@@ -95,6 +95,7 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     target = torch.minimum(
         column([s.draw() for s in samplers]) * whole, whole.nextafter(torch.zeros_like(whole))
     )
-    place = torch.searchsorted(reach, target, right=True)
+    # Logits that are no numbers reach nothing; their token must be one that there is.
+    place = torch.searchsorted(reach, target, right=True).clamp_(max=vocabulary - 1)
     tokens: list[int] = place.squeeze(1).tolist()
     return tokens
