@@ -19,6 +19,7 @@ from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import Request, Result, Sampling, assistant, user
 from pumice.infer.engine import Engine
 from pumice.infer.online import BusyError, Counters, Handle, Online, Piece
+from pumice.models.lmm import LMM
 from pumice.models.tiling import TilingSpec
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
@@ -190,6 +191,53 @@ def test_a_full_queue_says_so(engine: Engine) -> None:
         running.cancel()
     with pytest.raises(BusyError, match="closing"):
         online.submit(long)
+
+
+def test_who_finds_a_place_does_not_wait_for_it(engine: Engine, pictures: Path) -> None:
+    ask = Request((user("what is", pictures / "0.png"),), Sampling(max_new_tokens=3))
+    alone = engine.generate([ask])
+    for limits, places in (
+        ({"max_batch": 2}, 2),
+        ({"max_batch": 9, "token_budget": 2 * engine.row(ask).max_positions}, 2),
+    ):
+        for together in (1, 2, 5):
+            with Online(engine, max_waiting=0, **limits) as online:
+                step, go_on = online._scheduler.step, threading.Event()
+                online._scheduler.step = lambda go=go_on, s=step: (go.wait(), s())[1]  # type: ignore[method-assign]
+                try:
+                    # Nothing has begun: the first step takes long.
+                    handles = []
+                    while len(handles) < places:
+                        handles += online.submit_together([ask] * together)
+                    with pytest.raises(BusyError, match="are waiting, and at most 0 may"):
+                        online.submit_together([ask, ask])
+                    assert len(online._handles) == len(handles)
+                finally:
+                    go_on.set()
+                assert [handle.result(60) for handle in handles] == [
+                    replace(alone[0], cached_tokens=handle.result().cached_tokens)
+                    for handle in handles
+                ]
+                online.submit(ask).result(60)
+
+
+def test_an_image_that_requests_share_is_opened_once(
+    lmm: LMM, processor: Processor, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    load = Processor.load_image
+    monkeypatch.setattr(
+        Processor, "load_image", lambda *given: (opened.append(""), load(*given))[1]
+    )
+    image = pictures / "0.png"
+    asked = [
+        Request((user("what", image, image),), Sampling(max_new_tokens=2, temperature=1.0, seed=n))
+        for n in range(4)
+    ]
+    with Online(Engine(lmm, processor, 4)) as online:
+        for handle in online.submit_together(asked):
+            assert handle.result(60).error is None
+    assert len(opened) == 1
 
 
 def test_what_is_wrong_is_said_at_once_and_the_others_go_on(

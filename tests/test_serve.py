@@ -110,10 +110,10 @@ def test_answers_out_of_a_list(running: Running) -> None:
     old = ask(extra_body={"guided_choice": colours}, max_tokens=12)
     assert new.choices[0].message.content == old.choices[0].message.content in colours
     assert new.choices[0].finish_reason == "stop"
-    # As many as may wait here, should the engine be slow to begin.
-    drawn = ask(extra_body={"guided_choice": colours}, n=4, temperature=2.0, seed=3).choices
+    # More than may wait here: they come as one.
+    drawn = ask(extra_body={"guided_choice": colours}, n=8, temperature=2.0, seed=3).choices
     texts = {choice.message.content for choice in drawn}
-    assert len(drawn) == 4 and texts <= set(colours)
+    assert len(drawn) == 8 and texts <= set(colours)
     streamed = ask(extra_body={"guided_choice": ["one", "two"]}, stream=True)
     text = "".join(piece.choices[0].delta.content or "" for piece in streamed)
     assert text in ("one", "two")
@@ -328,13 +328,23 @@ def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
 
 
 def test_no_room_is_429_and_a_slow_answer_504(model: Model) -> None:
-    limits = Limits(max_waiting=0, seconds=0.4, drain_seconds=0.1)
-    server = Running(model, limits)
+    server = Running(model, Limits(max_waiting=0, drain_seconds=0.1))
+    online, go_on = server.server.online, threading.Event()
+    step = online._scheduler.step
+    online._scheduler.step = lambda: (go_on.wait(), step())[1]  # type: ignore[method-assign]
     try:
-        full = server.post(messages=messages())
-        assert full.status_code == 429 and full.headers["retry-after"]
-        assert full.json()["error"]["type"] == "rate_limit_error"
+        with ThreadPoolExecutor(1) as pool:
+            # It takes all places of the batch, though none may wait.
+            first = pool.submit(server.post, messages=messages(), n=4, max_tokens=2)
+            while len(online._handles) < 4:
+                time.sleep(0.01)
+            full = server.post(messages=messages())
+            go_on.set()
+            assert full.status_code == 429 and full.headers["retry-after"]
+            assert full.json()["error"]["type"] == "rate_limit_error"
+            assert len(first.result().json()["choices"]) == 4
     finally:
+        go_on.set()
         server.stop()
     server = Running(model, Limits(seconds=0.4, drain_seconds=0.1))
     try:

@@ -208,13 +208,15 @@ class Engine:
         guide = Guide(choices, ends)
         return Answer(processor.decode, end_tokens=ends, stop=(), max_tokens=longest, guide=guide)
 
-    def open_images(self, row: Row) -> dict[Key, Opened]:
-        """The images of a row whose features are not there yet, decoded and prepared.
+    def open_images(self, rows: Sequence[Row]) -> dict[Key, Opened]:
+        """The images of rows whose features are not there yet, decoded and prepared once each.
 
         Raises DataError for what is no image.
         """
-        missing = [shown for shown in row.images if self.memory.features.get(shown) is None]
-        return {shown.key: self.memory.features.open(shown, row.where) for shown in missing}
+        features = self.memory.features
+        shown = {image.key: (image, row.where) for row in rows for image in row.images}
+        missing = {key: one for key, one in shown.items() if features.get(one[0]) is None}
+        return {key: features.open(*one) for key, one in missing.items()}
 
     def _spans(self, request: Request, encoded: Encoded) -> list[Span]:
         images = [image for message in request.messages for image in message.images]

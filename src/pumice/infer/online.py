@@ -17,7 +17,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -182,8 +182,9 @@ class Online:
     """Answers requests as they come, with the scheduler of `Engine.generate`.
 
     `token_budget` bounds the positions that running requests may hold (rows times the longest of
-    them), `max_waiting` the requests and `max_waiting_tokens` the positions in the queue: beyond
-    them `submit` raises BusyError. The model stays in evaluation mode until `close`.
+    them), `max_waiting` the requests and `max_waiting_tokens` the positions that wait for a place
+    beside those: beyond them `submit` raises BusyError. The model stays in evaluation mode until
+    `close`.
     """
 
     def __init__(
@@ -217,24 +218,27 @@ class Online:
         Raises PumiceError when it cannot be answered, whatever the load (with what is wrong), and
         BusyError when there is no room now. May block for as long as images take to decode.
         """
-        with self._changed:
-            self._check_room(0)
-        row = self._engine.row(request)
-        budget = self._scheduler.limits.token_budget
-        if budget is not None and row.max_positions > budget:
-            raise PumiceError(
-                f"{row.where} may come to {row.max_positions} positions ({len(row.prompt)} of the "
-                f"prompt and {row.max_positions - len(row.prompt)} new ones), and at most {budget} "
-                f"are held. Shorten it, or ask for fewer new tokens."
-            )
-        opened = self._engine.open_images(row)
-        handle = Handle(row, self._engine.processor.decode, self._notify)
-        with self._changed:
-            self._check_room(row.max_positions)
-            self._handles[row] = handle
-            self._arrived.append((handle, opened))
-            self._changed.notify_all()
+        [handle] = self.submit_together([request])
         return handle
+
+    def submit_together(self, requests: Sequence[Request]) -> list[Handle]:
+        """Queues several requests, or none of them, as `submit` does one.
+
+        They are let in as soon as the first of them is. An image that they share is opened once.
+        """
+        with self._changed:
+            self._check_room()
+        rows = [self._engine.row(request) for request in requests]
+        for row in rows:
+            self._check_budget(row)
+        opened = self._engine.open_images(rows)
+        handles = [Handle(row, self._engine.processor.decode, self._notify) for row in rows]
+        with self._changed:
+            self._check_room(rows)
+            self._handles |= zip(rows, handles, strict=True)
+            self._arrived += [(handle, opened) for handle in handles]
+            self._changed.notify_all()
+        return handles
 
     def counters(self) -> Counters:
         """A snapshot for metrics."""
@@ -287,26 +291,52 @@ class Online:
     ) -> None:
         self.close()
 
-    def _check_room(self, positions: int) -> None:
+    def _check_budget(self, row: Row) -> None:
+        budget = self._scheduler.limits.token_budget
+        if budget is not None and row.max_positions > budget:
+            raise PumiceError(
+                f"{row.where} may come to {row.max_positions} positions ({len(row.prompt)} of the "
+                f"prompt and {row.max_positions - len(row.prompt)} new ones), and at most {budget} "
+                f"are held. Shorten it, or ask for fewer new tokens."
+            )
+
+    def _check_room(self, rows: Sequence[Row] = ()) -> None:
+        """Whether rows may come; without any, whether one could."""
         if self._draining:
             raise BusyError("the engine is closing and takes no more requests.")
-        waiting = [
-            row
-            for row in self._handles
-            if row.cache is None and not row.answer.new_tokens and not row.cancelled
-        ]
-        if len(waiting) >= self._max_waiting:
+        waiting = self._without_place(rows)
+        before = len(waiting) - len(rows)
+        if before < 0 or not waiting:
+            return  # the first of them begins at once
+        if before + max(1, len(rows)) > self._max_waiting:
             raise BusyError(
-                f"{len(waiting)} requests are waiting, and at most {self._max_waiting} may. Send "
-                f"the request again later."
+                f"{before} requests are waiting, and at most {self._max_waiting} may. Send the "
+                f"request again later."
             )
         limit = self._max_waiting_tokens
-        held = sum(row.max_positions for row in waiting)
-        if limit is not None and waiting and held + positions > limit:
+        held, more = (
+            sum(row.max_positions for row in part) for part in (waiting[:before], waiting[before:])
+        )
+        if limit is not None and before and held + more > limit:
             raise BusyError(
-                f"the waiting requests need {held} positions, this one {positions}, and at most "
+                f"the waiting requests need {held} positions, this one {more}, and at most "
                 f"{limit} may wait. Send the request again later."
             )
+
+    def _without_place(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the requests, with `rows` behind them, that cannot begin at the next step.
+
+        One that can does not wait, however slow the step before it is.
+        """
+        known = [row for row in self._handles if not row.over]
+        begun = [row for row in known if row.begun]
+        queue = [*(row for row in known if not row.begun), *rows]
+        longest = max((row.max_positions for row in begun), default=0)
+        for place, row in enumerate(queue):
+            longest = max(longest, row.max_positions)
+            if not self._scheduler.limits.hold(len(begun) + place + 1, longest):
+                return queue[place:]
+        return []
 
     def _notify(self) -> None:
         with self._changed:

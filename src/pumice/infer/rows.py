@@ -81,6 +81,11 @@ class Row:
         return [span.shown for span in self.spans]
 
     @property
+    def begun(self) -> bool:
+        """Whether its prompt is being read, or was."""
+        return self.cache is not None or self.answer.new_tokens > 0
+
+    @property
     def over(self) -> bool:
         """Whether nothing more will come."""
         done = self.answer.finish_reason is not None

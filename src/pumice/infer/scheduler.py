@@ -44,6 +44,12 @@ class Limits:
     """Whether images of waiting rows are encoded together with those that are needed now. That is
     quicker for all and slower for the first."""
 
+    def hold(self, rows: int, longest: int) -> bool:
+        """Whether so many rows may be on their way, of which none comes to more positions."""
+        if rows > self.max_batch:
+            return False
+        return self.token_budget is None or rows * longest <= self.token_budget
+
 
 @dataclass(slots=True)
 class Totals:
@@ -210,8 +216,6 @@ class Scheduler:
         passed: list[Row] = []
         look = len(self.waiting)
         while self.waiting and len(chosen) + len(passed) < look:
-            if len(self.running.rows) + len(self.reading) + len(chosen) >= self.limits.max_batch:
-                break
             if len(passed) > self.limits.max_batch or not self._fits(self.waiting[0], chosen):
                 break
             row = self.waiting.popleft()
@@ -223,13 +227,10 @@ class Scheduler:
         return chosen
 
     def _fits(self, row: Row, chosen: Sequence[Row]) -> bool:
-        """Whether the budget holds it until it is done, beside all that are on their way."""
-        budget = self.limits.token_budget
-        if budget is None:
-            return True
+        """Whether there is a place for it until it is done, beside all that are on their way."""
         others = (*self.running.rows, *self.reading, *chosen)
         longest = max(other.max_positions for other in (*others, row))
-        return (len(others) + 1) * longest <= budget
+        return self.limits.hold(len(others) + 1, longest)
 
     def _better_later(self, row: Row, ahead: Iterable[Row]) -> bool:
         """Whether a row ahead is about to read much of what this one begins with."""

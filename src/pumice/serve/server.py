@@ -177,7 +177,6 @@ class Server:
 
     def _submit(self, body: ChatRequest) -> list[Handle]:
         """Checks and queues every choice, or none of them."""
-        handles: list[Handle] = []
         try:
             tiled = self.model.processor.image_spec.tiling is not None
             messages, pixels = read_messages(body.messages, self.limits, tiled=tiled)
@@ -190,15 +189,11 @@ class Server:
                     param="max_tokens",
                 )
             with self._large if pixels > self.limits.large_pixels else nullcontext():
-                for question in _choices(messages, sampling, body.n):
-                    handles.append(self.online.submit(question))
+                return self.online.submit_together(_choices(messages, sampling, body.n))
         except BusyError as error:
-            self._cancel(handles)
             raise self._no_room(error) from error
         except PumiceError as error:
-            self._cancel(handles)
             raise ApiError(400, str(error), param="messages") from error
-        return handles
 
     def _no_room(self, error: BusyError) -> ApiError:
         if self.stopping:
@@ -209,10 +204,6 @@ class Server:
             wait = math.ceil(seconds_each * self.online.counters().waiting)
         wait = min(max(wait, RETRY_AFTER), _LONGEST_RETRY)
         return ApiError(429, str(error), code="rate_limit_exceeded", retry_after=wait)
-
-    def _cancel(self, handles: list[Handle]) -> None:
-        for handle in handles:
-            handle.cancel()
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
