@@ -54,6 +54,18 @@ def table(tree: dict[str, Any], store: Store) -> dict[str, Any]:
     return found
 
 
+TWO_AXES: dict[str, Any] = {
+    "axes": {
+        "connector": {"path": "model.connector", "values": ["mlp2x_gelu", "linear"]},
+        "steps": {"variants": {"few": {}, "more": {"stages.tune.steps": 5}}},
+    },
+    "claims": [
+        {"text": "more steps help", "source": "-", "metric": "scienceqa.img_accuracy",
+         "axis": "steps", "more": "more", "less": "few", "within": {"connector": "linear"}},
+    ],
+}  # fmt: skip
+
+
 # --- which runs ---------------------------------------------------------------------------------
 
 
@@ -68,6 +80,7 @@ def table(tree: dict[str, Any], store: Store) -> dict[str, Any]:
         ({"seeds": [0, 0]}, "names a seed twice"),
         ({"against": [["resolution", "pope.mean_f1"]]}, "names the axis 'resolution'"),
         ({"budget": {"equal": "hours"}}, "'steps', 'tokens' or 'flops'"),
+        ({"grid": "one-at-a-time", **TWO_AXES}, "the grid one-at-a-time does not have"),
         ({"sizes": {"paper": {"seeds": [0]}}}, ""),
     ],
 )
@@ -82,6 +95,24 @@ def test_a_study_file_is_checked(change: dict[str, Any], said: str, tmp_path: Pa
     with pytest.raises(PumiceError) as caught:
         load_study(str(file))
     assert said in str(caught.value) and "s.yaml" in str(caught.value)
+
+
+def test_what_the_command_line_sets_in_a_study(tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s.yaml", study_tree(tmp_path, tmp_path, **TWO_AXES))
+
+    def loaded(*overrides: str) -> StudyFile:
+        return load_study(str(file), overrides=overrides)[0]
+
+    # A path of the recipe is one key: no section around it is set as a whole.
+    study = loaded("set.stages.tune.steps=9", "axes.steps.variants.more.stages.tune.steps=8")
+    assert study.set == {**loaded().set, "stages.tune.steps": 9}
+    assert study.axes["steps"].levels()["more"] == {"stages.tune.steps": 8}
+    assert loaded("axes.steps.variants.none={}").axes["steps"].levels()["none"] == {}
+    assert set(loaded("axes.seed={path: seed, values: [0, 1]}").axes) == {*TWO_AXES["axes"], "seed"}
+    with pytest.raises(PumiceError, match="Did you mean 'connector'"):
+        loaded("axes.conector.values.1=resampler")
+    with pytest.raises(PumiceError, match="sizes is an unknown key"):
+        loaded("sizes.paper.seeds=[0]")
 
 
 def test_grids_and_ladders(root: Path, world: Path) -> None:

@@ -17,7 +17,7 @@ from pumice.study.spec import Claim, StudyFile
 from pumice.study.statistics import Estimate, differences, estimates, verdict
 from pumice.study.store import Store
 
-SHOWN, NOT_SHOWN, OPPOSITE, NOT_RUN = "shown", "not shown", "the opposite", "not run yet"
+SHOWN, NOT_SHOWN, OPPOSITE, NO_RESULT = "shown", "not shown", "the opposite", "no result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,22 +199,13 @@ def metrics_of(study: StudyFile, cells: Sequence[Cell]) -> tuple[Metric, ...]:
 
 def _judge(claim: Claim, study: StudyFile, results: Mapping[str, ArmResult]) -> Judged:
     benchmark, _, name = claim.metric.partition(".")
-    levels = {**study.reference_levels(), **claim.within}
     less, more = (
-        next(
-            (r for r in results.values() if dict(r.arm.levels) == {**levels, claim.axis: level}),
-            None,
-        )
+        next(r for r in results.values() if dict(r.arm.levels) == study.levels_of(claim, level))
         for level in (claim.less, claim.more)
     )
-    if less is None or more is None:
-        raise PumiceError(
-            f"the claim {claim.text!r} compares arms that the grid does not have. Let grid be "
-            "product, or name levels in `within` that are there."
-        )
     gap = between(less, more, [Metric(benchmark, name)]).get(claim.metric)
     if gap is None or gap.interval is None:
-        return Judged(claim, None, NOT_RUN)
+        return Judged(claim, None, NO_RESULT)
     low, high = gap.interval
     status = SHOWN if low > claim.above else OPPOSITE if high < claim.above else NOT_SHOWN
     return Judged(claim, gap, status)

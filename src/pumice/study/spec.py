@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pumice.core.errors import PumiceError
 from pumice.core.registry import check_choice, suggest
-from pumice.recipe.load import apply_override, explain, laid_over, parse_override
+from pumice.recipe.load import Override, apply_override, explain, laid_over, parse_override
 from pumice.recipe.schema import PositiveFloat, PositiveInt, Section
 from pumice.recipe.yaml_text import parse_yaml
 
@@ -138,7 +139,6 @@ class StudyFile(Section):
     """What the paper says and no run of this study can tell, with the reason."""
     features_gb: PositiveFloat | None = None
     """Keep so many GB of image features in the store (for large frozen vision backbones)."""
-    sizes: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _names_that_are_there(self) -> Self:
@@ -150,6 +150,7 @@ class StudyFile(Section):
             for axis, level in {**claim.within, claim.axis: claim.more}.items():
                 self._check_level(axis, level, f"the claim {claim.text!r}")
             self._check_level(claim.axis, claim.less, f"the claim {claim.text!r}")
+            self._check_arms(claim)
         for axis, _ in self.against:
             self._check_axis(axis, "against")
         return self
@@ -169,6 +170,22 @@ class StudyFile(Section):
                 f"{where} names {level!r} of the axis {axis!r}; it has: {', '.join(levels)}."
                 f"{suggest(level, levels)}"
             )
+
+    def _check_arms(self, claim: Claim) -> None:
+        if self.grid == "product":
+            return
+        reference = self.reference_levels().items()
+        for level in (claim.more, claim.less):
+            if len(self.levels_of(claim, level).items() - reference) > 1:
+                raise ValueError(
+                    f"the claim {claim.text!r} compares arms that the grid {self.grid} does not "
+                    "have: they leave the reference on more than one axis. Let grid be product, or "
+                    "name the reference's levels in `within`."
+                )
+
+    def levels_of(self, claim: Claim, level: str) -> dict[str, str]:
+        """The arm of a claim that has this level of its axis."""
+        return {**self.reference_levels(), **claim.within, claim.axis: level}
 
     def reference_levels(self) -> dict[str, str]:
         """The level of every axis that differences are taken from."""
@@ -209,13 +226,27 @@ def load_study(
     # The lowest first: what an upper one adds to an axis is there in every size of the lower one.
     for _, own in reversed(chain):
         tree = laid_over(tree, _in_size(own, size))
-    parsed = [parse_override(text) for text in overrides]
+    parsed = [_of_study(parse_override(text), tree) for text in overrides]
     for override in parsed:
         apply_override(tree, override)
     try:
         return StudyFile.model_validate(tree), path
     except ValidationError as error:
         raise PumiceError(explain(error, _shown(path), parsed, StudyFile)) from error
+
+
+def _of_study(override: Override, tree: dict[str, Any]) -> Override:
+    """An override as a study reads it: paths of the recipe are one key of `Changes` each.
+
+    What is set in an axis is set in one that is there: a misspelt axis is no new one.
+    """
+    path, whole = override.path, len(override.path)
+    if path[0] == "set":
+        whole = 1
+    elif path[0] == "axes" and len(path) > 2:
+        check_choice(f"override {override.text!r}: the axis", path[1], list(tree.get("axes") or {}))
+        whole = 4 if path[2] == "variants" else whole
+    return replace(override, path=(*path[:whole], *filter(None, [".".join(path[whole:])])))
 
 
 def _shown(path: Path) -> str:
