@@ -82,7 +82,7 @@ def study(
     if listing:
         _list(as_json)
         return
-    if file is None or (out is None and store is None and not plan):
+    if file is None or (out is None and not plan):
         raise PumiceError(
             "a study needs its FILE and --out DIR. Write `pumice study FILE --out DIR`, or "
             "`pumice study --list` for the shipped ones."
@@ -113,11 +113,9 @@ def _run(
     cells = cells_of(study, path, cost_of)
     metrics_of(study, cells)
     record = _plan(study, cells, store, workers)
-    if plan:
+    if plan or out is None:
         say_json(record) if as_json else say(_plan_text(record))
         return
-    if out is None:
-        raise PumiceError("tables and plots need a place: give --out DIR.")
     note(_plan_text(record))
     # A batch system says SIGTERM where a person presses Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

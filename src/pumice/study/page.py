@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from pumice.recipe.yaml_text import dump_yaml
-from pumice.study.analyse import NOT_RUN, OPPOSITE, SHOWN, Findings, Metric
+from pumice.study.analyse import OPPOSITE, SHOWN, Findings, Metric
 from pumice.study.plots import Plot
 from pumice.study.tables import (
     COST_HEAD,
@@ -91,7 +91,7 @@ def _claims(findings: Findings) -> str:
         claim, gap = judged.claim, judged.difference
         here = f"{claim.metric}, {claim.more} less {claim.less}: "
         here += "-" if gap is None else with_interval(gap, signed=True)
-        kind = {SHOWN: "up", OPPOSITE: "down", NOT_RUN: "none"}.get(judged.status, "none")
+        kind = {SHOWN: "up", OPPOSITE: "down"}.get(judged.status, "none")
         lines.append(
             f'<tr><td>{escape(claim.text)}<span class="from">{escape(claim.source)}</span></td>'
             f"<td>{escape(claim.paper) or '-'}</td>"
