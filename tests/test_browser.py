@@ -126,6 +126,9 @@ def test_published_scores_stand_beside_and_other_questions_are_told(tmp_path: Pa
     assert "score is withheld" in withheld and 'class="own' not in withheld.split("<table")[0]
     same = published_section([replace(scores, n=107_394)])
     assert 'class="own"' in same.split("<table")[0]
+    otherwise = replace(scores, n=107_394, protocol=scores.protocol | {"protocol": "own"})
+    section = published_section([otherwise])
+    assert 'class="own other"' in section and "another prompt</span>" in section
     # The paper's rows, where a slip of a column would be seen.
     assert PUBLISHED["mme"].scores["LLaVA-1.5 7B"] == 1510.7
     assert PUBLISHED["mmbench_cn"].scores["Qwen-VL-Chat"] == 56.7

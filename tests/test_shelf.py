@@ -277,7 +277,7 @@ def test_textvqa_without_ocr_tokens_is_scored_but_not_asked(tmp_path: Path) -> N
         textvqa.prepare(items)
     bare = textvqa.with_options({"ocr": "none"})
     bare.prepare(bare.load(tmp_path))
-    assert (textvqa.paper, bare.paper) == (True, False)
+    assert (textvqa.as_published, bare.as_published) == (True, False)
     assert prompts(bare, tmp_path)[0] == "What is the brand?" + SHORT
     dump(
         tmp_path / "textvqa" / "TextVQA_Rosetta_OCR_v0.2_val.json",

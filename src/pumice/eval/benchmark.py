@@ -134,13 +134,13 @@ class Benchmark(ABC):
     missing_is_wrong: bool = False
     """True: the official scorer counts an unanswered item as wrong. False: no score then."""
     paper: bool = False
-    """True: prompts are, byte for byte, those LLaVA-1.5 was asked with."""
+    """True: prompts are those LLaVA-1.5 was asked with (see `as_published`)."""
     whole_groups: bool = False
     """True: the metric asks for all items of a group, so a limited run takes groups as a whole."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Where official versions differ: what can be chosen, and the values, the default first.
 
-    `prompt` (see PROMPTS) is the one choice that leaves what is published.
+    `prompt` (see PROMPTS) leaves what is published.
     """
 
     def __init__(self, **chosen: str) -> None:

@@ -1,7 +1,7 @@
 """Published scores to show beside one's own, with their source.
 
 Liu et al., Improved Baselines with Visual Instruction Tuning, arXiv 2310.03744, tables 3 and 4.
-They are of the official splits: whoever asked other items, or fewer, cannot compare.
+They are of the official splits and prompts: whoever asked others, or fewer, cannot compare.
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ def published_section(scores: Sequence[Scores]) -> str:
     lines = "\n".join(_line(own, names) for own in told)
     return (
         '<section>\n<h2>Beside published models</h2>\n<p class="lead">'
-        f"{escape(SOURCE)}; official splits. A score of other questions, or by another judge, is "
-        "no rank among them: where these differ, the line says so and the mark is hollow, and "
-        "equal numbers of questions alone do not make files the same. Every plot has an axis of "
-        f'its own; the bar is the 95 % interval.</p>\n<div class="plots">\n{plots}\n</div>\n'
+        f"{escape(SOURCE)}; official splits. A score of other questions, or of another prompt, or "
+        "by another judge, is no rank among them: where these differ, the line says so and the "
+        "mark is hollow, and equal numbers of questions alone do not make files the same. Every "
+        "plot has an axis of its own; the bar is the 95 % interval.</p>\n"
+        f'<div class="plots">\n{plots}\n</div>\n'
         "<details><summary>The numbers</summary>"
         f'<div class="scroll"><table class="published"><thead><tr>{head}</tr></thead><tbody>\n'
         f"{lines}\n</tbody></table></div></details>\n</section>"
@@ -122,14 +123,21 @@ def _line(own: Scores, names: Sequence[str]) -> str:
 
 
 def _split(own: Scores) -> str:
-    """The published split; how many questions it has, and who judged, where that differs here."""
+    """The published split; its number of questions, the prompt and the judge, where others here."""
     row = PUBLISHED[own.benchmark]
     told = row.split
     if own.n not in row.items:
         told += f": {row.items[0]:,} questions, here {own.n:,}"
+    if _other_prompt(own):
+        told += "; here asked with another prompt"
     return f"{told}; {own.caution}" if own.judge and own.caution else told
 
 
 def _is_other(own: Scores) -> bool:
-    """Whether this is no rank among the published: of other questions, or by another judge."""
-    return own.n not in PUBLISHED[own.benchmark].items or bool(own.judge and own.caution)
+    """Whether this is no rank among the published: other questions, another prompt or judge."""
+    asked = own.n not in PUBLISHED[own.benchmark].items or _other_prompt(own)
+    return asked or bool(own.judge and own.caution)
+
+
+def _other_prompt(own: Scores) -> bool:
+    return bool(own.protocol["protocol"] != "paper")

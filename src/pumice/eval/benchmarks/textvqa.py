@@ -35,13 +35,14 @@ class TextVQA(Benchmark):
     name = "textvqa"
     title = "TextVQA"
     headline = "accuracy"
+    paper = True
     decimals = 2
     choices = {"ocr": ("given", "none")}
 
-    def __init__(self, **chosen: str) -> None:
+    @property
+    def as_published(self) -> bool:
         """Without OCR tokens the prompt is another one than the paper's."""
-        super().__init__(**chosen)
-        self.paper = self.chosen["ocr"] == "given"
+        return self.chosen["ocr"] == "given"
 
     def load(self, data_dir: Path) -> list[Item]:
         """One item per question; `truth` is the list of the ten answers."""
