@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pumice.infer import products
 from pumice.infer.byte_rows import ByteRows
+from pumice.infer.onednn import BlockedLinear
 from pumice.infer.pages import Pages
 from pumice.infer.products import Norm, Quantized, product
 from pumice.models.quantize import QuantizedLinear
@@ -24,7 +25,7 @@ def test_a_product_is_that_of_its_layers(
 ) -> None:
     monkeypatch.setattr(products, "_WORTH_A_CALL", 0)
     if not blocks:
-        monkeypatch.setattr(products, "_blocks", lambda weight: None)
+        monkeypatch.setattr(BlockedLinear, "can_hold", lambda weight: False)
     torch.manual_seed(0)
     layers = [nn.Linear(48, size, bias=bias).requires_grad_(False) for size in sizes]
     order = torch.randperm(sum(sizes))

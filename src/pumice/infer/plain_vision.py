@@ -22,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from pumice.infer.onednn import BlockedLinear
+
 log = logging.getLogger(__name__)
 
 # An activation -> oneDNN's name and variant, and what its input and output are multiplied by:
@@ -34,41 +36,16 @@ _ACTIVATIONS = {
 # Copies of the weights take no more than this: CLIP-L has 1.2 GB, SigLIP-SO400M 1.6.
 _MOST_BYTES = 2 * 1024**3
 _TOLERANCE = 1e-3
-# Rows for which oneDNN orders the weights; it orders them for more rows in the same way.
-_ROWS = 32
-
-
-class _Product:
-    """A linear layer in oneDNN's order, with what follows it."""
-
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor, activation: tuple[str, str] = ("none", "")
-    ) -> None:
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-        self._bias = bias
-        self._name, self._variant = activation
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float[N T, I] -> float[N T, O], activated."""
-        linear = torch.ops.mkldnn._linear_pointwise
-        out: torch.Tensor = linear(x, self._blocks, self._bias, self._name, [], self._variant)
-        return out
-
-    def added(self, x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
-        """float[N T, I], float[N T, O] -> float[N T, O], their sum behind the product."""
-        linear = torch.ops.mkldnn._linear_pointwise.binary
-        out: torch.Tensor = linear(x, plus, self._blocks, self._bias, "add")
-        return out
 
 
 @dataclass(slots=True)
 class _Block:
     norm: nn.Module
-    qkv: _Product
-    out: _Product
+    qkv: BlockedLinear
+    out: BlockedLinear
     feed_norm: nn.Module
-    up: _Product
-    down: _Product
+    up: BlockedLinear
+    down: BlockedLinear
     scaling: float
 
 
@@ -89,8 +66,8 @@ class PlainEncoder:
             states = states.view(images, positions, 3, self._heads, width // self._heads)
             query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)
             found = F.scaled_dot_product_attention(query, key, value, scale=block.scaling)
-            hidden = block.out.added(found.transpose(1, 2).reshape(-1, width), hidden)
-            hidden = block.down.added(block.up(block.feed_norm(hidden)), hidden)
+            hidden = block.out(found.transpose(1, 2).reshape(-1, width), hidden)
+            hidden = block.down(block.up(block.feed_norm(hidden)), hidden)
         return BaseModelOutput(last_hidden_state=hidden.view(inputs_embeds.shape))
 
 
@@ -115,9 +92,8 @@ def standing_in(encoders: Sequence[PlainEncoder]) -> Iterator[None]:
 
 
 def _fits(encoder: Any) -> bool:
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch._C._has_mkldnn
     weights = list(encoder.parameters())
-    if not known or any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights):
+    if not all(map(BlockedLinear.can_hold, weights)):
         return False
     if encoder.config.hidden_act not in _ACTIVATIONS:
         return False
@@ -157,12 +133,12 @@ def _block(layer: Any, activation: str) -> _Block:
     weights = torch.cat([part.weight.detach() for part in inputs])
     return _Block(
         norm=layer.layer_norm1,
-        qkv=_Product(weights, torch.cat([part.bias.detach() for part in inputs])),
-        out=_Product(attention.out_proj.weight.detach(), attention.out_proj.bias.detach()),
+        qkv=BlockedLinear(weights, torch.cat([part.bias.detach() for part in inputs])),
+        out=BlockedLinear(attention.out_proj.weight.detach(), attention.out_proj.bias.detach()),
         feed_norm=layer.layer_norm2,
-        up=_Product(
+        up=BlockedLinear(
             feed.fc1.weight.detach() * factor, feed.fc1.bias.detach() * factor, (name, variant)
         ),
-        down=_Product(feed.fc2.weight.detach() / factor, feed.fc2.bias.detach()),
+        down=BlockedLinear(feed.fc2.weight.detach() / factor, feed.fc2.bias.detach()),
         scaling=attention.scale,
     )

@@ -17,14 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from pumice.infer.byte_rows import ByteRows
+from pumice.infer.onednn import BlockedLinear
 from pumice.infer.pages import Pages
 from pumice.models.quantize import QuantizedLinear, merged
 
 Row = NDArray[np.float32]
 """float[I] or float[O]: what one row is, in numpy."""
 
-# Rows for which oneDNN orders the weights; it orders them for more rows in the same way.
-_ROWS = 32
 # Multiplications below which calling oneDNN costs more than it saves (10 us a call).
 _WORTH_A_CALL = 1_500_000
 # Weights below which 8 bits save less reading than their product costs in starting (10 us a call).
@@ -62,7 +61,8 @@ class Dense:
         self._wide = weight.shape[0] >= weight.shape[1]
         held = pages.copy(weight.t() if self._wide else weight)
         self._weight = held if self._wide else held.t()
-        self._blocks = _blocks(weight)
+        blocked = BlockedLinear.can_hold(weight)
+        self._several = BlockedLinear(weight, self._bias) if blocked else None
         self._few = max(1, _WORTH_A_CALL // weight.numel())
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             self._matrix = held.numpy()
@@ -70,8 +70,8 @@ class Dense:
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
-        if self._blocks is not None and x.shape[0] > self._few:
-            return _several(x, self._blocks, self._bias, plus)
+        if self._several is not None and x.shape[0] > self._few:
+            return self._several(x, plus)
         if plus is None:
             return (
                 x @ self._weight if self._bias is None else torch.addmm(self._bias, x, self._weight)
@@ -192,24 +192,3 @@ def product(
 def _together(parts: Sequence[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return whole if order is None else whole[order]
-
-
-def _blocks(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weights in oneDNN's order; None where this torch or this device has no such product."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch._C._has_mkldnn
-    if not known or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return None
-    blocks: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-    return blocks
-
-
-def _several(
-    x: torch.Tensor, blocks: torch.Tensor, bias: torch.Tensor | None, plus: torch.Tensor | None
-) -> torch.Tensor:
-    linear = torch.ops.mkldnn._linear_pointwise
-    out: torch.Tensor = (
-        linear(x, blocks, bias, "none", [], "")
-        if plus is None
-        else linear.binary(x, plus, blocks, bias, "add")
-    )
-    return out
