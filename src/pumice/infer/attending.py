@@ -34,7 +34,7 @@ class Attending(Protocol):
 class OneByOne:
     """Chunk by chunk."""
 
-    def __init__(self, chunks: Sequence[Chunk], heads: int, key_heads: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], heads: int) -> None:
         self._heads = heads
         self._chunks = chunks
         self._lengths = [len(chunk.embeds) for chunk in chunks]
@@ -83,8 +83,8 @@ class SideBySide:
     than to compute. Their caches lie in one tensor, so that nothing is copied.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], heads: int, key_heads: int) -> None:
-        self._heads, self._key_heads = heads, key_heads
+    def __init__(self, chunks: Sequence[Chunk], heads: int) -> None:
+        self._heads = heads
         lengths = [len(chunk.embeds) for chunk in chunks]
         for chunk, length in zip(chunks, lengths, strict=True):
             chunk.cache.grow(length, 1)
@@ -105,7 +105,7 @@ class SideBySide:
     @staticmethod
     def can_hold(chunks: Sequence[Chunk]) -> bool:
         """Whether these are all rows of one tensor, and short."""
-        beside = [getattr(chunk.cache, "beside", None) for chunk in chunks]
+        beside = [chunk.cache.beside for chunk in chunks]
         if len(chunks) < 2 or beside[0] is None or len(chunks) != beside[0].every.shape[2]:
             return False
         whole = all(
@@ -120,7 +120,7 @@ class SideBySide:
     ) -> torch.Tensor:
         """float[N, H + 2 Hk, Dh] -> float[N, H Dh], or float[K, H Dh]."""
         known = self._known[layer]
-        both = states[:, self._heads :].reshape(len(states), 2, self._key_heads, -1)
+        both = states[:, self._heads :].reshape(len(states), 2, -1, states.shape[-1])
         known.permute(1, 3, 0, 2, 4)[self._row, self._column] = both
         if last:
             rows = torch.arange(len(self._ends), device=states.device)

@@ -87,10 +87,9 @@ class PlainDecoder:
         """Chunks of different prompts -> float[V] of each that ends."""
         lengths = [len(chunk.embeds) for chunk in chunks]
         device = self._table.device
-        places = [torch.arange(chunk.first, chunk.first + len(chunk.embeds)) for chunk in chunks]
-        turns = self._turns_at(
-            torch.cat(places).to(device), max(chunk.first + len(chunk.embeds) for chunk in chunks)
-        )
+        spans = [(c.first, c.first + count) for c, count in zip(chunks, lengths, strict=True)]
+        places = torch.cat([torch.arange(*span) for span in spans]).to(device)
+        turns = self._turns_at(places, max(last for _, last in spans))
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         wanted = ends[[place for place, chunk in enumerate(chunks) if chunk.ends]]
         attend = self._attending(chunks)
@@ -150,10 +149,8 @@ class PlainDecoder:
         return states
 
     def _attending(self, chunks: Sequence[Chunk]) -> Attending:
-        heads = self._heads, self._key_heads
-        if SideBySide.can_hold(chunks):
-            return SideBySide(chunks, *heads)
-        return OneByOne(chunks, *heads)
+        kind = SideBySide if SideBySide.can_hold(chunks) else OneByOne
+        return kind(chunks, self._heads)
 
     def _after(self, block: Block, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """float[N, D], float[N, H Dh] -> float[N, D]: the rest of a block behind its attention."""
