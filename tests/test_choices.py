@@ -124,7 +124,7 @@ def test_choices_are_read_as_answers_are_learnt(processor: Processor, template: 
     for text in ("a red circle", "B", "Grün 3.5"):
         learnt = other.encode(Sample("", (*messages, assistant(text))), pixels=False).labels
         ids = [label for label in learnt if label != IGNORE]
-        mine = other.answer_ids(messages, text)
+        [mine] = other.answer_ids(messages, [text])
         assert ids[: len(mine)] == mine and ids[len(mine)] in closing
 
 

@@ -56,19 +56,19 @@ def choice_ids(
 
     Raises PumiceError for a choice that no answer can be: the text of its tokens is another one.
     """
-    found = []
-    for choice in dict.fromkeys(choices):
+    known = list(dict.fromkeys(choices))
+    for choice in known:
         if not choice or choice != choice.strip():
             raise PumiceError(
                 f"{where}: the choice {choice!r} is empty or has blanks around it, which no answer "
                 f"has. Give the bare text."
             )
-        ids = processor.answer_ids(messages, choice, where)
+    found = processor.answer_ids(messages, known, where)
+    for choice, ids in zip(known, found, strict=True):
         read = processor.decode(ids).strip()
         if read != choice:
             raise PumiceError(
                 f"{where}: the model cannot say the choice {choice!r}; its tokens read {read!r}. "
                 f"Write it in letters that the tokenizer keeps."
             )
-        found.append(ids)
     return found

@@ -155,13 +155,16 @@ class Processor:
         encoded.labels = [IGNORE] * len(encoded.input_ids)
         return encoded
 
-    def answer_ids(self, messages: Sequence[Message], text: str, where: str = "") -> list[int]:
-        """The ids of an answer to these messages as it would be learnt, without what closes it."""
+    def answer_ids(
+        self, messages: Sequence[Message], texts: Iterable[str], where: str = ""
+    ) -> list[list[int]]:
+        """The ids of answers to these messages as each would be learnt, without what closes it."""
         prompt = self.template.segments(
             messages, open_turn=True, system=self.system, where=where or "the prompt"
         )
-        answer = Segment("text", f"{self.template.before_answer}{text}", learn=True)
-        return self._piece(answer, prompt[-1], where)
+        before = self.template.before_answer
+        answers = [Segment("text", f"{before}{text}", learn=True) for text in texts]
+        return [self._piece(answer, prompt[-1], where) for answer in answers]
 
     def load_image(self, image: ImagePart, where: str = "") -> tuple[torch.Tensor, tuple[int, int]]:
         """One image opened and prepared -> float[V, 3, S, S], its views, and width and height."""
