@@ -58,7 +58,9 @@ class PrefixStore:
         return sum(count for _, count in path)
 
     def add(self, symbols: Sequence[int], cache: RowsCache, row: int, first: int) -> None:
-        """Keeps the row of a cache whose positions begin at column `first`."""
+        """Keeps the row of a cache whose positions begin at column `first`, if it may keep any."""
+        if not self.max_bytes:
+            return
         path = self._path(symbols)
         known = sum(count for _, count in path)
         parent = self._root
