@@ -23,6 +23,7 @@ from pumice.cli.options import (
     with_option_groups,
 )
 from pumice.cli.output import note, say, say_json
+from pumice.core.errors import PumiceError
 
 if TYPE_CHECKING:
     from pumice.core.types import Result
@@ -53,8 +54,6 @@ def ask(
     MODEL may be the address of an OpenAI-compatible endpoint, as http://host/v1; its key is read
     from PUMICE_API_KEY or OPENAI_API_KEY.
     """
-    from pumice.core.errors import PumiceError
-
     if not text.strip():
         # Before the model is loaded: most likely a shell variable that was not set.
         raise PumiceError(
@@ -83,7 +82,6 @@ def ask(
 def _ask_endpoint(
     url: str, text: str, images: list[Path], sampling: dict[str, Any], endpoint: EndpointOptions
 ) -> Result:
-    from pumice.core.errors import PumiceError
     from pumice.core.types import Request, Sampling, user
 
     with remote_model(url, endpoint) as remote:

@@ -24,7 +24,6 @@ from pumice.cli.output import note
 from pumice.core.errors import PumiceError
 
 _KEY = "PUMICE_API_KEY"
-_MEBIBYTE = 2**20
 # oneDNN keeps what it compiles for each number of rows it meets, 0.2 MB a product. Its own bound of
 # 1024 is reached in hours, which looks like a leak; so many are enough for every step of a batch.
 _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -96,15 +95,15 @@ def serve(
     """
     check_installed("fastapi", "prometheus_client", "uvicorn")
     from pumice.infer.model import load
-    from pumice.serve.limits import Limits
+    from pumice.serve.limits import MEBIBYTE, Limits
     from pumice.serve.run import listen, run
     from pumice.serve.server import Server
 
     given = asdict(limiting)
-    max_batch, kept = given.pop("max_batch"), given.pop("kept_mib") * _MEBIBYTE
+    max_batch, kept = given.pop("max_batch"), given.pop("kept_mib") * MEBIBYTE
     limits = Limits(
-        max_image_bytes=given.pop("max_image_mib") * _MEBIBYTE,
-        max_body_bytes=given.pop("max_body_mib") * _MEBIBYTE,
+        max_image_bytes=given.pop("max_image_mib") * MEBIBYTE,
+        max_body_bytes=given.pop("max_body_mib") * MEBIBYTE,
         image_hosts=frozenset(host.lower() for host in image_hosts or ()),
         **given,
     )
