@@ -12,31 +12,22 @@ from pumice.core.errors import PumiceError
 from pumice.core.types import Result
 from pumice.infer.online import Handle, Piece
 from pumice.serve.errors import ApiError, event
+from pumice.serve.leaving import while_there
 from pumice.serve.replies import Reply, logprobs
 
-# How often a request without stream looks whether its client is still there.
-_LOOK = 0.25
 # An event tells that a result is there a moment before the result can be read.
 _MOMENT = 10.0
-
-
-class ClientGone(Exception):
-    """The client closed its connection before the answer was ready."""
 
 
 async def whole_answers(handles: list[Handle], request: Request, seconds: float) -> list[Result]:
     """The results of all choices; whatever happens, no request goes on afterwards."""
     task = asyncio.gather(*(_finished(handle) for handle in handles))
-    deadline = asyncio.get_running_loop().time() + seconds
     try:
-        while True:
-            done, _ = await asyncio.wait({task}, timeout=_LOOK)
-            if done:
-                return [_sound(result) for result in task.result()]
-            if await request.is_disconnected():
-                raise ClientGone
-            if asyncio.get_running_loop().time() > deadline:
-                raise too_slow(seconds)
+        async with asyncio.timeout(seconds):
+            results = await while_there(task, request)
+        return [_sound(result) for result in results]
+    except TimeoutError as error:
+        raise too_slow(seconds) from error
     finally:
         _cancel(handles)
         task.cancel()

@@ -19,11 +19,10 @@ from starlette.exceptions import HTTPException
 from pumice.core.llm_client import Endpoint
 from pumice.serve.errors import ApiError, answer_api_error, answer_http_error, event
 from pumice.serve.guard import Guard
+from pumice.serve.leaving import CLIENT_GONE, ClientGone, while_there
 from pumice.serve.limits import Limits
 from pumice.serve.page import add_page, settings
 
-_LOOK = 0.25
-_CLIENT_GONE = 499
 # What a client of the page must know of an answer.
 _PASSED_ON = ("content-type", "cache-control", "retry-after")
 
@@ -77,10 +76,9 @@ class Forwarder:
         )
         sending = asyncio.create_task(self._http.send(call, stream=True))
         try:
-            while not (await asyncio.wait({sending}, timeout=_LOOK))[0]:
-                if await request.is_disconnected():
-                    return Response(status_code=_CLIENT_GONE)
-            answer = sending.result()
+            answer = await while_there(sending, request)
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
         finally:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
+from pumice.serve.leaving import CLIENT_GONE
 from pumice.serve.limits import Limits
 
 # A page that asks for the key, and a health check that has none.
@@ -35,7 +36,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 499
+        start, status = time.monotonic(), CLIENT_GONE
 
         async def sending(message: Message) -> None:
             nonlocal status

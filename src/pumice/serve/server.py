@@ -32,7 +32,7 @@ from pumice.core.types import Message, Sampling
 from pumice.core.types import Request as Question
 from pumice.infer.model import Model
 from pumice.infer.online import BusyError, Handle, Online
-from pumice.serve.answers import ClientGone, streamed, whole_answers
+from pumice.serve.answers import streamed, whole_answers
 from pumice.serve.errors import (
     RETRY_AFTER,
     ApiError,
@@ -42,6 +42,7 @@ from pumice.serve.errors import (
     answer_invalid,
 )
 from pumice.serve.guard import Guard
+from pumice.serve.leaving import CLIENT_GONE, ClientGone
 from pumice.serve.limits import Limits
 from pumice.serve.metrics import Metrics
 from pumice.serve.page import add_page, settings
@@ -52,7 +53,6 @@ from pumice.serve.schema import ChatRequest
 log = logging.getLogger(__name__)
 
 VERSION = metadata.version("pumice")
-_CLIENT_GONE = 499
 Side = Annotated[int, Query(ge=1, le=1_000_000)]
 # Threads that check requests and decode their images; each may hold one large picture's pixels.
 _READERS = 8
@@ -104,7 +104,7 @@ class Server:
             try:
                 results = await whole_answers(handles, request, self.limits.seconds)
             except ClientGone:
-                return Response(status_code=_CLIENT_GONE)
+                return Response(status_code=CLIENT_GONE)
             finally:
                 self._ends.append(time.monotonic())
             return JSONResponse(reply.whole(results))
