@@ -79,6 +79,7 @@ class Server:
         self.model, self.name = model, name
         self.limits = limits or Limits()
         self.started = int(time.time())
+        model.engine.prepare()
         self.online = Online(
             model.engine,
             token_budget=self.limits.token_budget,
