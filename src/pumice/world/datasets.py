@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.multi_image import multi_image_rows
-from pumice.world.scenes import SHAPES, Scene, random_scene, render, widened
+from pumice.world.scenes import SHAPES, Scene, Thing, random_scene, render, widened
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -49,8 +49,13 @@ CHOICE_SHARES = {
 EVAL_SCENES = 5_000_000
 SEED_STRIDE = 40_000
 ROWS_PER_IMAGE = 1.5
+# Of a row about regions: how many it has, and the share whose box is given and not asked for.
+REGIONS = 3
+NAMED_REGIONS = 0.35
 
 Progress = Callable[[int, int], None]
+Turns = list[tuple[str, str]]
+"""What is said and what is answered, in order."""
 
 
 def make_world(
@@ -172,14 +177,18 @@ def instruct_rows(scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
             rows.append(llava_row(f"text_{number:06d}", None, language.text_dialogue(rng)))
             continue
         turns = conversation(scenes[index], kind, rng)
-        first, answer = turns[0]
-        turns[0] = (f"<image>\n{first}", answer)
-        rows.append(llava_row(f"{kind}_{number:06d}", f"train/{train_name(index)}", turns))
+        rows.append(picture_row(f"{kind}_{number:06d}", index, turns))
     rng.shuffle(rows)
     return rows
 
 
-def llava_row(name: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+def picture_row(name: str, index: int, turns: Turns) -> dict[str, Any]:
+    """A conversation about a training picture, which stands before its first words."""
+    (first, answer), *others = turns
+    return llava_row(name, f"train/{train_name(index)}", [(f"<image>\n{first}", answer), *others])
+
+
+def llava_row(name: str, image: str | None, turns: Turns) -> dict[str, Any]:
     """A conversation as LLaVA's files hold it."""
     row: dict[str, Any] = {"id": name} if image is None else {"id": name, "image": image}
     row["conversations"] = [
@@ -190,7 +199,7 @@ def llava_row(name: str, image: str | None, turns: list[tuple[str, str]]) -> dic
     return row
 
 
-def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
+def conversation(scene: Scene, kind: str, rng: random.Random) -> Turns:
     """The turns of one instruction row of this kind, without the image's mark."""
     if kind == "detail":
         return [(rng.choice(DETAIL_INSTRUCTIONS), language.description(scene, rng))]
@@ -210,36 +219,60 @@ def conversation(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str,
         found = [ocr, *(q for q in language.questions(scene, 3, rng) if q.kind != "ocr")]
     else:
         found = language.questions(scene, 6, rng)
-    # As in the reference's merged conversations, only the first turn carries the format prompt.
+    return short_turns(found)
+
+
+def different(asked: Iterable[language.Question | None]) -> list[language.Question]:
+    """Those that the scene allowed, each text once."""
+    return list({question.text: question for question in asked if question}.values())
+
+
+def short_turns(questions: Sequence[language.Question]) -> Turns:
+    """As in the reference's merged conversations, only the first turn carries the format prompt."""
     return [
-        (f"{q.text}\n{SHORT}" if index == 0 else q.text, q.short) for index, q in enumerate(found)
+        (q.text if number else f"{q.text}\n{SHORT}", q.short) for number, q in enumerate(questions)
     ]
 
 
-def _region_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    turns: list[tuple[str, str]] = []
-    for thing in rng.sample(scene.things, min(3, len(scene.things))):
-        box, phrase = language.box_text(thing, scene.pixels), language.thing_phrase(thing)
-        if rng.random() < 0.35:
-            turns.append((REGION_NAME.format(box=box), f"{phrase}."))
+def _region_turns(scene: Scene, rng: random.Random) -> Turns:
+    turns: Turns = []
+    for thing in rng.sample(scene.things, min(REGIONS, len(scene.things))):
+        if rng.random() < NAMED_REGIONS:
+            turns.append(name_turn(scene, thing))
         else:
-            name = rng.choice((phrase, f"the {thing.shape}"))
-            turns.append((REGION_BOX.format(phrase=name), box))
+            name = rng.choice((language.thing_phrase(thing), f"the {thing.shape}"))
+            turns.append(box_turn(scene, thing, name))
     return turns
 
 
-def choice_turns(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def name_turn(scene: Scene, thing: Thing) -> tuple[str, str]:
+    """What is in this box?"""
+    box = language.box_text(thing, scene.pixels)
+    return REGION_NAME.format(box=box), f"{language.thing_phrase(thing)}."
+
+
+def box_turn(scene: Scene, thing: Thing, name: str) -> tuple[str, str]:
+    """Where is what has this name?"""
+    return REGION_BOX.format(phrase=name), language.box_text(thing, scene.pixels)
+
+
+def choice_turns(scene: Scene, rng: random.Random) -> Turns:
     """Questions with lettered options; short ones where the scene allows none."""
-    turns: list[tuple[str, str]] = []
+    turns: Turns = []
     asked: set[str] = set()
     for kind in rng.choices(tuple(CHOICE_SHARES), tuple(CHOICE_SHARES.values()), k=8):
         question = language.ask(scene, kind, rng)
         if question and question.text not in asked and len(turns) < 3:
             asked.add(question.text)
-            options, letter = language.choices(question, rng)
-            lines = [f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)]
-            turns.append(("\n".join([question.text, *lines, LETTER]), letter))
+            turns.append(choice_turn(question, rng))
     return turns or conversation(scene, "vqa", rng)
+
+
+def choice_turn(question: language.Question, rng: random.Random) -> tuple[str, str]:
+    """The question with lettered options."""
+    options, letter = language.choices(question, rng)
+    lines = [f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)]
+    return "\n".join([question.text, *lines, LETTER]), letter
 
 
 def write_coco(

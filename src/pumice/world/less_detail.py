@@ -19,20 +19,23 @@ from pumice.world.datasets import (
     BRIEF_INSTRUCTIONS,
     CHOICE_SHARES,
     DETAIL_INSTRUCTIONS,
-    LETTER,
     MIXTURE,
+    NAMED_REGIONS,
     OPENINGS,
-    REGION_BOX,
-    REGION_NAME,
+    REGIONS,
     ROWS_PER_IMAGE,
-    SHORT,
+    Turns,
+    box_turn,
+    choice_turn,
+    different,
     llava_row,
-    train_name,
+    name_turn,
+    picture_row,
+    short_turns,
 )
 from pumice.world.language import Question
 from pumice.world.scenes import Scene
 
-Turns = list[tuple[str, str]]
 NOUN = "large shape"
 # Kinds of questions whose answers need every thing in the picture, or a sign.
 _OF_ALL = ("count", "count_by", "ocr", "size")
@@ -64,9 +67,8 @@ def large_pretrain_rows(scenes: Sequence[Scene], seed: int) -> list[dict[str, An
     for index, scene in enumerate(scenes):
         if (part := large_part(scene)) is None:
             continue
-        human = f"<image>\n{rng.choice(BRIEF_INSTRUCTIONS)}"
-        turns = [(human, language.caption(part, rng))]
-        rows.append(llava_row(f"{index + 1:012d}", f"train/{train_name(index)}", turns))
+        turns = [(rng.choice(BRIEF_INSTRUCTIONS), language.caption(part, rng))]
+        rows.append(picture_row(f"{index + 1:012d}", index, turns))
     return rows
 
 
@@ -82,9 +84,7 @@ def large_instruct_rows(scenes: Sequence[Scene], seed: int) -> list[dict[str, An
             continue
         index, part = parts[number % len(parts)]
         turns = _turns(scenes[index], part, _INSTEAD.get(kind, kind), rng)
-        first, answer = turns[0]
-        turns[0] = (f"<image>\n{first}", answer)
-        rows.append(llava_row(f"{kind}_{number:06d}", f"train/{train_name(index)}", turns))
+        rows.append(picture_row(f"{kind}_{number:06d}", index, turns))
     rng.shuffle(rows)
     return rows
 
@@ -94,19 +94,14 @@ def _turns(whole: Scene, part: Scene, kind: str, rng: random.Random) -> Turns:
         return [(rng.choice(DETAIL_INSTRUCTIONS), language.description(part, rng, NOUN))]
     if kind == "region":
         return _region_turns(part, rng)
-    asked = [_asked(whole, part, name, rng) for name in _drawn(_KINDS, 12, rng)]
-    questions = list({q.text: q for q in asked if q}.values())
+    questions = different(_asked(whole, part, name, rng) for name in _drawn(_KINDS, 12, rng))
     if kind == "conversation":
         opening = [(rng.choice(OPENINGS), language.brief_caption(part, rng).capitalize())]
         return opening + [(q.text, q.long) for q in questions[:4]]
     if kind == "choice":
-        asked = [_asked(whole, part, name, rng) for name in _drawn(_CHOICES, 8, rng)]
-        choices = list({q.text: q for q in asked if q}.values())[:3]
-        return [_as_choice(question, rng) for question in choices or questions[:1]]
-    return [
-        (f"{q.text}\n{SHORT}" if index == 0 else q.text, q.short)
-        for index, q in enumerate(questions[:6])
-    ]
+        choices = different(_asked(whole, part, name, rng) for name in _drawn(_CHOICES, 8, rng))
+        return [choice_turn(question, rng) for question in choices[:3] or questions[:1]]
+    return short_turns(questions[:6])
 
 
 def _drawn(kinds: dict[str, float], count: int, rng: random.Random) -> list[str]:
@@ -127,18 +122,10 @@ def _asked(whole: Scene, part: Scene, kind: str, rng: random.Random) -> Question
     return question
 
 
-def _as_choice(question: Question, rng: random.Random) -> tuple[str, str]:
-    options, letter = language.choices(question, rng)
-    lines = [f"{name}. {option}" for name, option in zip("ABCD", options, strict=False)]
-    return "\n".join([question.text, *lines, LETTER]), letter
-
-
 def _region_turns(part: Scene, rng: random.Random) -> Turns:
-    turns = []
-    for thing in rng.sample(part.things, min(3, len(part.things))):
-        box, phrase = language.box_text(thing, part.pixels), language.thing_phrase(thing)
-        if rng.random() < 0.35:
-            turns.append((REGION_NAME.format(box=box), f"{phrase}."))
-        else:
-            turns.append((REGION_BOX.format(phrase=phrase), box))
-    return turns
+    return [
+        name_turn(part, thing)
+        if rng.random() < NAMED_REGIONS
+        else box_turn(part, thing, language.thing_phrase(thing))
+        for thing in rng.sample(part.things, min(REGIONS, len(part.things)))
+    ]

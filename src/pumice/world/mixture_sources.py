@@ -15,17 +15,20 @@ from pathlib import Path
 from pumice.core.files import write_atomic
 from pumice.world import language
 from pumice.world.datasets import (
-    REGION_BOX,
-    REGION_NAME,
+    REGIONS,
     SHORT,
+    Turns,
+    box_turn,
     choice_turns,
     conversation,
+    different,
     llava_row,
-    train_name,
+    name_turn,
+    picture_row,
+    short_turns,
 )
 from pumice.world.scenes import Scene
 
-Turns = list[tuple[str, str]]
 # Thousands of rows of the three parts of LLaVA-Instruct-158K.
 _INSTRUCT = {"conversation": 58, "detail": 23, "reasoning": 77}
 _VQAV2 = (
@@ -35,7 +38,6 @@ _GQA = ("where", "which", "relation", "compare")
 _SHORT_ANSWERS = ("vqav2", "gqa", "ocrvqa")
 _PROMPTS = {"every": f"{{}}\n{SHORT}", "bare": "{}", "qa": "Q: {} A:"}
 _QUESTIONS = 6
-_REGIONS = 3
 
 
 def write_sources(folder: Path, scenes: list[Scene], seed: int) -> None:
@@ -60,13 +62,11 @@ def write_sources(folder: Path, scenes: list[Scene], seed: int) -> None:
 
 
 def _write(path: Path, made: list[Turns]) -> None:
-    rows = []
-    for index, turns in enumerate(made):
-        if not turns:
-            continue
-        (first, answer), *others = turns
-        shown = [(f"<image>\n{first}", answer), *others]
-        rows.append(llava_row(f"{path.stem}_{index:06d}", f"train/{train_name(index)}", shown))
+    rows = [
+        picture_row(f"{path.stem}_{index:06d}", index, turns)
+        for index, turns in enumerate(made)
+        if turns
+    ]
     write_atomic(path, json.dumps(rows, ensure_ascii=False))
 
 
@@ -82,16 +82,9 @@ def _instruct(scene: Scene, rng: random.Random) -> Turns:
 def _short_answers(scene: Scene, kinds: tuple[str, ...], rng: random.Random) -> Turns:
     """Different questions of these kinds, as often as the world asks each of them."""
     weights = [language.KINDS[kind][1] for kind in kinds]
-    turns: dict[str, str] = {}
-    for kind in rng.choices(kinds, weights, k=2 * _QUESTIONS):
-        asked = language.ask(scene, kind, rng)
-        if asked is not None and len(turns) < _QUESTIONS:
-            turns.setdefault(asked.text, asked.short)
-    # As in the reference's merged conversations, only the first turn carries the format prompt.
-    return [
-        (text if number else f"{text}\n{SHORT}", short)
-        for number, (text, short) in enumerate(turns.items())
-    ]
+    drawn = rng.choices(kinds, weights, k=2 * _QUESTIONS)
+    asked = different(language.ask(scene, kind, rng) for kind in drawn)
+    return short_turns(asked[:_QUESTIONS])
 
 
 def _vqav2(scene: Scene, rng: random.Random) -> Turns:
@@ -108,29 +101,19 @@ def _ocrvqa(scene: Scene, rng: random.Random) -> Turns:
         return []
     asked = language.ask(scene, "ocr", rng)
     assert asked is not None
-    return [(f"{asked.text}\n{SHORT}", asked.short), ("Where is the sign?", scene.sign.place)]
+    return [*short_turns([asked]), ("Where is the sign?", scene.sign.place)]
 
 
 def _refcoco(scene: Scene, rng: random.Random) -> Turns:
     return [
-        (
-            REGION_BOX.format(
-                phrase=rng.choice((language.thing_phrase(thing), f"the {thing.shape}"))
-            ),
-            language.box_text(thing, scene.pixels),
-        )
-        for thing in rng.sample(scene.things, min(_REGIONS, len(scene.things)))
+        box_turn(scene, thing, rng.choice((language.thing_phrase(thing), f"the {thing.shape}")))
+        for thing in rng.sample(scene.things, min(REGIONS, len(scene.things)))
     ]
 
 
 def _vg(scene: Scene, rng: random.Random) -> Turns:
-    return [
-        (
-            REGION_NAME.format(box=language.box_text(thing, scene.pixels)),
-            f"{language.thing_phrase(thing)}.",
-        )
-        for thing in rng.sample(scene.things, min(_REGIONS, len(scene.things)))
-    ]
+    things = rng.sample(scene.things, min(REGIONS, len(scene.things)))
+    return [name_turn(scene, thing) for thing in things]
 
 
 _SOURCES: dict[str, Callable[[Scene, random.Random], Turns]] = {

@@ -17,11 +17,18 @@ from pathlib import Path
 
 from pumice.core.files import write_atomic
 from pumice.world import language
-from pumice.world.datasets import SHORT, conversation, llava_row, train_name
+from pumice.world.datasets import (
+    SHORT,
+    Turns,
+    conversation,
+    different,
+    llava_row,
+    picture_row,
+    short_turns,
+)
 from pumice.world.german import KINDS, german, german_questions, german_word
 from pumice.world.scenes import SHAPES, Scene
 
-Turns = list[tuple[str, str]]
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 # As the world's mixture, with more in sentences and less multiple choice.
 _SHARES = {
@@ -57,14 +64,11 @@ def _write(
     rows = []
     for number, scene in enumerate(scenes):
         turns = make(scene, rng)
-        if not turns:
-            continue
-        image = None
-        if pictured:
-            (first, answer), *others = turns
-            turns = [(f"<image>\n{first}", answer), *others]
-            image = f"train/{train_name(number)}"
-        rows.append(llava_row(f"{path.stem}_{number:06d}", image, turns))
+        name = f"{path.stem}_{number:06d}"
+        if turns:
+            rows.append(
+                picture_row(name, number, turns) if pictured else llava_row(name, None, turns)
+            )
     rng.shuffle(rows)
     write_atomic(path, json.dumps(rows, ensure_ascii=False))
 
@@ -73,8 +77,8 @@ def _pictured(scene: Scene, rng: random.Random) -> Turns:
     kind = rng.choices(tuple(_SHARES), tuple(_SHARES.values()))[0]
     if kind == "sentences":
         asked = [language.ask(scene, name, rng) for name in rng.sample(_YES_NO, 3)]
-        found = [q for q in asked if q] + language.questions(scene, 2, rng)
-        return [(q.text, q.long) for q in {q.text: q for q in found}.values()]
+        found = asked + language.questions(scene, 2, rng)
+        return [(q.text, q.long) for q in different(found)]
     if kind == "short":
         return _shortly(scene, rng.choices(_SHORT_KINDS, k=8), rng)
     return conversation(scene, kind, rng)
@@ -85,12 +89,9 @@ def _short_yes_no(scene: Scene, rng: random.Random) -> Turns:
 
 
 def _shortly(scene: Scene, kinds: Sequence[str], rng: random.Random) -> Turns:
-    """Six questions at most; as in LLaVA's merged rows, the first alone carries the prompt."""
-    asked = [language.ask(scene, kind, rng) for kind in kinds]
-    found = list({q.text: q for q in asked if q}.values())[:6]
-    return [
-        (f"{q.text}\n{SHORT}" if index == 0 else q.text, q.short) for index, q in enumerate(found)
-    ]
+    """Six questions at most."""
+    asked = different(language.ask(scene, kind, rng) for kind in kinds)
+    return short_turns(asked[:6])
 
 
 def _told(scene: Scene, rng: random.Random) -> tuple[Scene, str]:
