@@ -37,7 +37,7 @@ def main() -> None:
     world = args.out / "world"
     recipe = load_recipe("pocket-quick")
     assert recipe.world is not None
-    ensure_world(world, **recipe.world.model_dump())
+    ensure_world(world, recipe.world)
     moved = plant(world)
     file = args.out / "planted.yaml"
     write_atomic(file, dump_yaml(study(world.resolve(), args.seeds)))

@@ -13,7 +13,7 @@ from pumice.cli.app import main
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import read_json
 from pumice.processing.response_formats import SHORT
-from pumice.recipe.schema import Recipe
+from pumice.recipe.schema import Recipe, World
 from pumice.study.analyse import analyse, metrics_of
 from pumice.study.cells import Cell, arms_of, cells_of, in_running_order
 from pumice.study.costs import Cost
@@ -35,7 +35,7 @@ def cells(
     return cells_of(StudyFile.model_validate(tree), NOWHERE, cost_of)
 
 
-def make_no_world(place: Path, settings: dict[str, Any]) -> None:
+def make_no_world(place: Path, asked: World) -> None:
     raise AssertionError("the recipe names its data")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from pumice.cli.world import ensure_world
 from pumice.core.errors import PumiceError
 from pumice.data.sources import LlavaJson
+from pumice.recipe.schema import World
 from pumice.world import language
 from pumice.world.benchmarks import VQA_PER_IMAGE, _balanced_questions
 from pumice.world.datasets import MIXTURE, make_world
@@ -228,12 +229,12 @@ def test_a_wide_world_says_so_in_its_files(tmp_path: Path) -> None:
     numbers = [float(number) for box in boxes for number in box.split(",")]
     assert numbers and max(numbers) <= 1
     with pytest.raises(PumiceError, match="another synthetic world"):
-        ensure_world(tmp_path, images=12, eval_images=8, seed=0)
+        ensure_world(tmp_path, World(images=12, eval_images=8, seed=0))
 
 
 def test_sources_are_the_same_questions_in_three_prompts(tmp_path: Path) -> None:
-    ensure_world(tmp_path / "plain", images=30, eval_images=2, seed=0)
-    ensure_world(tmp_path / "more", images=30, eval_images=2, seed=0, sources=True)
+    ensure_world(tmp_path / "plain", World(images=30, eval_images=2, seed=0))
+    ensure_world(tmp_path / "more", World(images=30, eval_images=2, seed=0, sources=True))
     plain, more = files(tmp_path / "plain"), files(tmp_path / "more")
     # What other recipes read is what it was.
     assert {name for name in plain if plain[name] != more[name]} == {"world.json"}
@@ -258,7 +259,7 @@ def test_sources_are_the_same_questions_in_three_prompts(tmp_path: Path) -> None
             (re.sub(r"^(<image>\n)?(.*)$", r"\1Q: \2 A:", text), answer) for text, answer in bare
         ]
     with pytest.raises(PumiceError, match="another synthetic world"):
-        ensure_world(tmp_path / "plain", images=30, eval_images=2, seed=0, sources=True)
+        ensure_world(tmp_path / "plain", World(images=30, eval_images=2, seed=0, sources=True))
 
 
 def turns_of(path: Path) -> list[list[tuple[str, str]]]:

@@ -12,6 +12,7 @@ import pytest
 
 from pumice.cli.world import ensure_world
 from pumice.processing.response_formats import SHORT, with_format
+from pumice.recipe.schema import World
 from pumice.world import german, language
 from pumice.world.less_detail import large_instruct_rows, large_part, large_pretrain_rows
 from pumice.world.scenes import SHAPES, Scene, random_scene
@@ -39,7 +40,7 @@ def skills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
 
 def test_the_files_are_made_when_asked_for_and_change_no_other(tmp_path: Path) -> None:
     def made(name: str, **more: bool) -> dict[str, bytes]:
-        ensure_world(tmp_path / name, images=9, eval_images=2, seed=0, **more)
+        ensure_world(tmp_path / name, World(images=9, eval_images=2, seed=0, **more))
         found = (path for path in (tmp_path / name).rglob("*") if path.is_file())
         return {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found}
 

@@ -230,7 +230,7 @@ def prepare_data(recipe: Recipe, out: Path) -> Path:
 
     data = out / "data" if recipe.data is None else Path(recipe.data).expanduser()
     if recipe.world is not None:
-        ensure_world(data, **recipe.world.model_dump())
+        ensure_world(data, recipe.world)
     for name, stage in recipe.stage_list():
         for entry in stage.data:
             for path in (data / name for name in (entry.path, entry.images) if name is not None):

@@ -119,7 +119,7 @@ def _run(
     note(_plan_text(record))
     # A batch system says SIGTERM where a person presses Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_missing(cells, store, launch, _make_world, workers=workers, features_gb=study.features_gb)
+    run_missing(cells, store, launch, ensure_world, workers=workers, features_gb=study.features_gb)
     _report(study, cells, store, out, as_json)
 
 
@@ -176,10 +176,6 @@ def _launch(launcher: str, settings: list[str] | None, workers: int, out: Path |
             )
         chosen[key] = parse_yaml(value, f"--slurm {text}")
     return SlurmJobs((out or Path()) / "jobs", chosen)
-
-
-def _make_world(place: Path, settings: dict[str, Any]) -> None:
-    ensure_world(place, **settings)
 
 
 def _list(as_json: bool) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pumice.cli.options import example
 from pumice.cli.output import say
 from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.recipe.schema import World
 
 _group = typer.Typer(
     help="Make the synthetic world, or its backbones.",
@@ -54,8 +57,9 @@ def make(
 
     Each benchmark's files have their official names and formats. Equal arguments, equal bytes.
     """
-    ensure_world(
-        out,
+    from pumice.recipe.schema import World
+
+    world = World(
         images=images,
         eval_images=eval_images,
         seed=seed,
@@ -64,6 +68,7 @@ def make(
         variants=variants,
         resolution=resolution,
     )
+    ensure_world(out, world)
     say(str(out))
 
 
@@ -112,29 +117,21 @@ def teacher(
         threading.Event().wait()
 
 
-def ensure_world(
-    out: Path,
-    *,
-    images: int,
-    eval_images: int,
-    seed: int,
-    wide: bool = False,
-    sources: bool = False,
-    variants: bool = False,
-    resolution: int | None = None,
-) -> None:
+def ensure_world(out: Path, world: World) -> None:
     """Make a world in `out` unless exactly this one is there; nothing else is written over."""
     from pumice.core.files import read_json
 
-    chosen = {"wide": wide, "sources": sources, "variants": variants, "resolution": resolution}
-    asked = {"images": images, "eval_images": eval_images, "seed": seed, **chosen}
+    asked = world.model_dump()
     if (out / _RECORD).is_file():
+        record = read_json(out / _RECORD)
         # A world of an older version does not name what it could not be.
-        there = dict.fromkeys(chosen, False) | {"resolution": None} | read_json(out / _RECORD)
-        if any(there.get(key) != value for key, value in asked.items()):
-            found = {key: there.get(key) for key in asked}
+        there = {
+            name: record.get(name, None if field.is_required() else field.default)
+            for name, field in type(world).model_fields.items()
+        }
+        if there != asked:
             raise PumiceError(
-                f"{out} holds another synthetic world: {_words(found)}; asked for: "
+                f"{out} holds another synthetic world: {_words(there)}; asked for: "
                 f"{_words(asked)}. Give another directory, or remove this one."
             )
         return

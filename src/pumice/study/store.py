@@ -11,16 +11,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from filelock import FileLock
 
 from pumice.core.files import read_json, sha256_bytes, write_atomic, write_json
 from pumice.recipe.load import resolved_yaml
-from pumice.recipe.schema import Recipe
+from pumice.recipe.schema import Recipe, World
 
 State = Literal["done", "failed", "missing"]
-MakeWorld = Callable[[Path, dict[str, Any]], None]
+MakeWorld = Callable[[Path, World], None]
 _DONE, _FAILED = "cell.json", "failed.json"
 
 
@@ -74,12 +74,11 @@ class Store:
     def prepare(self, key: str, recipe: Recipe, make_world: MakeWorld) -> Path:
         """The recipe file of a run; its world is made once for all that have the same."""
         if recipe.world is not None and recipe.data is None:
-            settings = recipe.world.model_dump()
             chosen = recipe.world.model_dump(exclude_defaults=True)
             name = sha256_bytes(json.dumps(chosen, sort_keys=True).encode())[:16]
             world = self.root / "worlds" / name
             with FileLock(self.lock(f"world-{name}")):
-                make_world(world, settings)
+                make_world(world, recipe.world)
             recipe = recipe.model_copy(update={"data": str(world.resolve())})
         path = self.root / "recipes" / f"{key}.yaml"
         write_atomic(path, resolved_yaml(recipe))
