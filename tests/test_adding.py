@@ -140,6 +140,18 @@ def test_a_checkpoint_keeps_the_code_and_runs_it_for_those_who_trust_it(
         load(checkpoint)
 
 
+def test_a_checkpoint_keeps_the_code_that_was_built(mine: Path, tmp_path: Path) -> None:
+    """The file may be edited, or go, while the weights are trained."""
+    code, folder = mine.read_text(), tmp_path / "checkpoint"
+    folder.mkdir()
+    build_connector("norm_mlp.py", 32, 24, 16, {}, vocab_size=9)
+    for change in (lambda: mine.write_text("the next idea"), mine.unlink):
+        change()
+        assert own.keep_own("norm_mlp.py", folder) == "connector.py"
+        assert (folder / "connector.py").read_text() == code
+    assert own.kept_own("connector.py", folder) == str(folder / "connector.py")
+
+
 def test_what_can_be_wrong_with_a_connector_file(mine: Path) -> None:
     def build(name: str, **options: object) -> torch.nn.Module:
         return build_connector(name, 32, 24, 16, options, vocab_size=9)

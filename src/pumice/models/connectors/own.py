@@ -11,14 +11,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import PumiceError
-from pumice.core.files import sha256_file
+from pumice.core.files import sha256_bytes, sha256_file
 from pumice.models.connectors.base import Builder, Connector, Sizes
 
 BUILDER = "build"
@@ -26,6 +25,8 @@ COPY = "connector.py"
 TRUST = "PUMICE_TRUST_CODE"
 _NAME = re.compile(r"(?P<before>(?:(?:shuffle|average)[2-9]x[2-9]\+)*)(?P<file>.+\.py)")
 _trusted: set[str] = set()
+# What each file held when it was last built: it may be edited while its weights are trained.
+_built: dict[Path, bytes] = {}
 
 
 def own_file(name: str) -> Path | None:
@@ -43,15 +44,17 @@ def with_file(name: str, file: str) -> str:
 
 def build_own(name: str, sizes: Sizes, options: dict[str, Any]) -> Connector:
     """The connector that the file `name` builds."""
-    path = _existing(name)
-    content = sha256_file(path)
-    connector = _builder(path.resolve(), content)(name, sizes, options)
+    path = _existing(name).resolve()
+    code = path.read_bytes()
+    content = sha256_bytes(code)
+    connector = _builder(path, content)(name, sizes, options)
     if not isinstance(connector, Connector):
         raise PumiceError(
             f"{BUILDER}() of {path} gave {connector!r}; a pumice.models.connectors.Connector is "
             "needed. See docs/adding.md."
         )
     _trusted.add(content)
+    _built[path] = code
     return connector
 
 
@@ -61,11 +64,15 @@ def named_by_content(name: str) -> str:
 
 
 def keep_own(name: str, folder: Path) -> str:
-    """Copies a connector's own file into a checkpoint's folder; gives the name to store there."""
+    """Writes a connector's own code, as it was built, into a checkpoint's folder.
+
+    Gives the name to store there.
+    """
     path = own_file(name)
     if path is None:
         return name
-    shutil.copyfile(path, folder / COPY)
+    code = _built.get(path.resolve())
+    (folder / COPY).write_bytes(_existing(name).read_bytes() if code is None else code)
     return with_file(name, COPY)
 
 
