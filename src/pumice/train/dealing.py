@@ -39,7 +39,8 @@ class Dealer:
             for leaf, _ in module.named_buffers(recurse=False)
         ]
         outline = [_outline(*places[0]) for places in self._left]
-        assert group.from_main(lambda: outline) == outline, "the processes built different models"
+        wanted = group.from_main(lambda: outline)
+        assert outline == wanted, "the processes built different models"
 
     @torch.no_grad()
     def deal(self, module: nn.Module) -> None:
