@@ -267,6 +267,7 @@ class Bench:
         for number in range(self.rounds):
             for name, others in (("alone", 0), ("beside 7", 7)):
                 engine = self.engine(8)
+                engine.prepare()
                 scheduler = engine.scheduler(Limits(8, prefill_chunk=256))
                 for other in range(others):
                     scheduler.add(engine.row(self.request(other, 1, 200)))

@@ -257,7 +257,7 @@ class Engine:
         """Forgets what other weights have computed, such as those of an earlier training step."""
         weights = tuple((p.data_ptr(), p._version) for p in self.lmm.parameters())
         if weights != self._weights:
-            self.memory.features.clear()
+            self.memory.features.renew()
             self.memory.prefixes.clear()
             self._decoder = None
             self._weights = weights

@@ -68,13 +68,18 @@ class ImageFeatures:
         self.max_bytes = max_bytes
         self.encoded = 0
         """Images that went through the vision backbone."""
+        self._encoders: list[PlainEncoder] | None = None
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything; what other weights have computed is of no use."""
+        """Forgets every image."""
         self._known: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self.bytes = 0
-        self._encoders: list[PlainEncoder] | None = None
+
+    def renew(self) -> None:
+        """For other weights: of these neither what they computed nor how they lay is of use."""
+        self.clear()
+        self._encoders = None
 
     def prepare(self) -> None:
         """Lays the weights of the vision backbone out for encoding, unless that is done."""
