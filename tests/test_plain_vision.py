@@ -66,6 +66,10 @@ def test_answers_are_those_of_transformers_own_blocks(
 def test_other_weights_get_another_stand_in(lmm: LMM, processor: Processor, pictures: Path) -> None:
     engine = Engine(lmm, processor, 4)
     engine.generate(mixed(pictures))
+    features = engine.memory.features
+    encoders = features._encoders
+    features.clear()  # of images; weights stay as they are laid out
+    assert encoders and features._encoders is encoders and not features.bytes
     with torch.no_grad():
         for parameter in lmm.vision.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
