@@ -2,13 +2,14 @@
 
     python benchmarks/evaluate.py --threads 1 --rounds 5
 
-POPE-shaped (six questions an image) and MME-shaped (two) sets on the pocket model and on a mid-size
-model with random weights. pumice's time holds everything `run_benchmark` does: reading the official
-files, asking, writing, scoring with intervals. transformers' time holds reading and preparing the
-pictures, `generate` and decoding: one question at a time, as the reference protocol asks them, and
-in batches of 16 sorted by length. Loading a model is in neither time; to it belongs, once for each
-process, that pumice lays the weights out in the processor's order (`preparing_s`). CPU time of one
-process (with several threads the wall's time, on an idle machine), rounds interleaved.
+POPE-shaped sets (18 questions an image, as its three categories ask of each of 500 images) and
+MME-shaped ones (two) on the pocket model and on a mid-size model with random weights. pumice's time
+holds everything `run_benchmark` does: reading the official files, asking, writing, scoring with
+intervals. transformers' time holds reading and preparing the pictures, `generate` and decoding: one
+question at a time, as the reference protocol asks them, and in batches of 16 sorted by length.
+Loading a model is in neither time; to it belongs, once for each process, that pumice lays the
+weights out in the processor's order (`preparing_s`). CPU time of one process (with several threads
+the wall's time, on an idle machine), rounds interleaved.
 Writes benchmarks/results/evaluate.json.
 """
 
@@ -48,6 +49,8 @@ ROWS, NEW_TOKENS = 16, 8
 # The pocket model answers a hundred times as fast; its sets are so many times larger.
 POCKET_IMAGES = 5
 MODELS = ("pocket", "mid_size")
+# Questions on one image.
+SHAPES = {"pope_shaped": 18, "mme_shaped": 2}
 
 log = logging.getLogger("evaluate")
 
@@ -215,7 +218,7 @@ def main() -> None:
         make_world(folder / "world", images=4, eval_images=3 * POCKET_IMAGES * arguments.images)
         for name in arguments.models:
             checkpoint = resolve_model("pocket") if name == "pocket" else mid_size(folder)
-            for title, each in (("pope_shaped", 6), ("mme_shaped", 2)):
+            for title, each in SHAPES.items():
                 images = arguments.images * (POCKET_IMAGES if name == "pocket" else 1)
                 data = official_files(folder / "world", folder / f"{name}-{title}", each, images)
                 record[f"{name}, {title}"] = measure(checkpoint, data, arguments.rounds)
