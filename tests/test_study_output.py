@@ -26,7 +26,15 @@ from pumice.study.results import ArmCost, ArmResult
 from pumice.study.runner import Job, Stopped
 from pumice.study.spec import StudyFile
 from pumice.study.statistics import estimates, stacked
-from pumice.study.tables import cost_rows, csv_text, headline, latex, markdown, metric_rows
+from pumice.study.tables import (
+    cost_rows,
+    csv_text,
+    headline,
+    interval_text,
+    latex,
+    markdown,
+    metric_rows,
+)
 
 VQA = BENCHMARKS["vqav2"]
 ACCURACY = Metric("vqav2", "accuracy")
@@ -208,3 +216,8 @@ def test_a_cluster_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(PumiceError, match=r"pumice\[slurm\]"):
         SlurmJobs(tmp_path, {})(job(tmp_path))
+
+
+def test_no_negative_zero_is_written() -> None:
+    assert interval_text(-0.01, (-0.04, 0.02), signed=True) == "+0.0 (+0.0 to +0.0)"
+    assert interval_text(-0.04, (-1.04, 0.02)) == "0.0 (-1.0 to 0.0)"

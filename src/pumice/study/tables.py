@@ -172,7 +172,7 @@ def with_interval(estimate: Estimate, *, signed: bool = False) -> str:
 
 def interval_text(value: float, interval: Sequence[float] | None, *, signed: bool = False) -> str:
     """The same of plain numbers; the value alone where its interval is not known."""
-    form = "+.1f" if signed else ".1f"
+    form = "+z.1f" if signed else "z.1f"  # no "-0.0"
     if interval is None:
         return f"{value:{form}}"
     low, high = interval
