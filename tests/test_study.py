@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,10 +343,12 @@ def test_findings_are_made_from_the_records() -> None:
     """docs/findings.md is what `python benchmarks/findings.py` writes, from records."""
     root = Path(__file__).resolve().parents[1]
     page = (root / "docs" / "findings.md").read_text(encoding="utf-8")
-    files = sorted((root / "benchmarks" / "results" / "studies").glob("*.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    kept = root / "benchmarks" / "results" / "studies"
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in kept.glob("*/study.json")]
     studies = {name: load_study(name)[0] for name in study_names()}
-    assert page == findings_text(records, studies)
+    assert page == findings_text(kept, studies)
+    plots = re.findall(r"\]\(\.\./([^)]+\.svg)\)", page)
+    assert plots and all((root / plot).is_file() for plot in plots)
     assert records and all(len(record["seeds"]) >= 3 for record in records)
     unrun = page.partition("## Not run yet")[2]
     assert all(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 
 import numpy as np
 
@@ -21,6 +22,15 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
 # everything after the first tenth of training is a flat line.
 LOG_FROM = 12.0
 _MOST_POINTS = 360
+
+
+# Style sheets by package and name: colours first, which the others use.
+COLOURS, REPORT = ("pumice.eval", "colours.css"), ("pumice.eval", "report.css")
+
+
+def style_of(*sheets: tuple[str, str]) -> str:
+    """The sheets, each as (package, name), one after the other."""
+    return "".join((files(package) / name).read_text("utf-8") for package, name in sheets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

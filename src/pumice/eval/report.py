@@ -12,13 +12,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from pumice.core.files import write_atomic
 from pumice.core.images import open_image
 from pumice.eval.browser import Browser, script_hash
-from pumice.eval.charts import Band, Point, interval_axis, interval_plot, loss_figures
+from pumice.eval.charts import (
+    COLOURS,
+    REPORT,
+    Band,
+    Point,
+    interval_axis,
+    interval_plot,
+    loss_figures,
+    style_of,
+)
 from pumice.eval.metrics import Metrics
 from pumice.eval.scores import Scores
 from pumice.eval.yaml_colours import yaml_line
@@ -129,7 +137,7 @@ def score_row(
 
 def write_report(path: Path, data: ReportData) -> None:
     """Writes the page."""
-    style = (files("pumice.eval") / "report.css").read_text(encoding="utf-8")
+    style = style_of(COLOURS, REPORT)
     sections = (
         _head(data),
         _score_table(data.scores),

@@ -1,21 +1,28 @@
-"""docs/findings.md from the records of studies: what was found, beside what the papers say."""
+"""docs/findings.md from finished studies: what was found, beside what the papers say."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from pumice.core.files import read_json
+from pumice.study.plots import slug
+from pumice.study.report import PLOTS, RECORD
 from pumice.study.spec import StudyFile
 from pumice.study.tables import interval_text, markdown_table
 
 Record = Mapping[str, Any]
+# Where the finished studies lie, seen from the page.
+_KEPT = "../benchmarks/results/studies"
 
-_HEAD = """# Findings
+_HEAD = f"""# Findings
 
 What the pocket studies showed, beside what the papers found. Made by
-`python benchmarks/findings.py` from `benchmarks/results/studies`; [study.md](study.md) says how
-the intervals are made. *Shown* means that the whole 95 % interval, over other pictures and other
-seeds, is on the claimed side; *not shown* that the study is too small to say.
+`python benchmarks/findings.py` from [benchmarks/results/studies]({_KEPT}),
+which has every study's record, tables and plots; [study.md](study.md) says how the intervals are
+made. *Shown* means that the whole 95 % interval, over other pictures and other seeds, is on the
+claimed side; *not shown* that the study is too small to say.
 
 A pocket world can tell whether a choice matters for a model that has to find, bind and name a few
 things, and whether the pipeline learns what it should. It cannot tell how large the effect is on
@@ -24,13 +31,18 @@ taught to read what a simple connector can say ([pocket.md](pocket.md)).
 """
 
 
-def findings_text(records: Sequence[Record], studies: Mapping[str, StudyFile]) -> str:
-    """The page. `studies` are the shipped ones; those without a record are listed as not run."""
+def findings_text(kept: Path, studies: Mapping[str, StudyFile]) -> str:
+    """The page of the studies in `kept`, each as `pumice study` wrote it into a folder of its name.
+
+    `studies` are the shipped ones; those without a record are listed as not run.
+    """
     parts = [_HEAD]
-    for record in records:
+    known = set()
+    for path in sorted(kept.glob(f"*/{RECORD}")):
+        record = read_json(path)
+        known.add(record["name"])
         parts += [f"## {record['name']}\n", f"{record['about']} ({record['source']}).\n"]
-        parts += [_claims(record), _arms(record), _remarks(record)]
-    known = {record["name"] for record in records}
+        parts += [_claims(record), _plots(record), _arms(record), _remarks(record)]
     missing = [study for name, study in studies.items() if name not in known]
     if missing:
         lines = "\n".join(f"* `{study.name}`: {study.about}" for study in missing)
@@ -47,6 +59,16 @@ def _claims(record: Record) -> str:
         found = f"{claim['metric']}, {claim['more']} less {claim['less']}: {gap}"
         rows.append((claim["text"], claim["paper"] or "-", found, f"**{claim['status']}**"))
     return markdown_table(rows) + "\n" if len(rows) > 1 else ""
+
+
+def _plots(record: Record) -> str:
+    """Plots of what is claimed, of cost and of lengths; the others are beside them."""
+    claimed = tuple(f"-{slug(claim['axis'])}-{slug(claim['metric'])}" for claim in record["claims"])
+    return "\n".join(
+        f"![{title}]({_KEPT}/{record['name']}/{PLOTS}/{name}.svg)\n"
+        for name, title in record["plots"].items()
+        if name.startswith(("cost-", "lengths-")) or name.endswith(claimed)
+    )
 
 
 def _arms(record: Record) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 
+from pumice.eval.charts import COLOURS, REPORT, style_of
 from pumice.recipe.yaml_text import dump_yaml
 from pumice.study.analyse import OPPOSITE, SHOWN, Findings, Metric
 from pumice.study.plots import Plot
@@ -20,6 +20,7 @@ from pumice.study.tables import (
     with_interval,
 )
 
+_PLOT, _STUDY = ("pumice.study", "plot.css"), ("pumice.study", "study.css")
 _BETTER, _WORSE = ("better", "higher"), ("worse", "lower")
 
 
@@ -41,25 +42,17 @@ def study_page(findings: Findings, plots: Sequence[Plot]) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(findings.study.name)}: study</title>\n"
-        f"<style>\n{style()}</style>\n</head>\n"
+        f"<style>\n{style_of(COLOURS, REPORT, _PLOT, _STUDY)}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(part for part in sections if part)
         + f"\n<footer><p>{escape(reading(findings))}</p><p>Written by pumice.</p></footer>"
         "\n</main>\n</body>\n</html>\n"
     )  # fmt: skip
 
 
-def style() -> str:
-    """The report's style with that of the plots and tables of a study."""
-    return "".join(
-        (files(package) / name).read_text(encoding="utf-8")
-        for package, name in (("pumice.eval", "report.css"), ("pumice.study", "study.css"))
-    )
-
-
 def plot_file(plot: Plot) -> str:
     """The plot as a file of its own, with its colours inside."""
     start, end = plot.svg.split(">", 1)
-    return f"{start}><style>{style()}</style>{end}\n"
+    return f"{start}><style>{style_of(COLOURS, _PLOT)}</style>{end}\n"
 
 
 def _head(findings: Findings) -> str:

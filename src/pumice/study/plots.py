@@ -19,7 +19,7 @@ from pumice.study.statistics import Estimate
 _WIDTH, _LEFT, _RIGHT = 640, 64, 20
 _HEIGHT, _TOP, _BOTTOM = 340, 26, 52
 _ROW = 30
-# Colours of lines, by class in study.css.
+# Colours of lines, by class in plot.css.
 _KINDS = 6
 Place = Callable[[float], float]
 
@@ -79,7 +79,7 @@ def effect_plot(findings: Findings, axis: str, metric: Metric) -> Plot | None:
         parts.append(f"{text}{escape(name)}</text>")
         parts.append(_interval_mark(gap, x, y, "clear" if gap.sign else "unclear"))
     title = f"{axis}: {metric.title} beside {findings.reference.name}"
-    return Plot(title, f"effect-{_slug(axis)}-{_slug(str(metric))}", _svg(parts, height, title))
+    return Plot(title, f"effect-{slug(axis)}-{slug(str(metric))}", _svg(parts, height, title))
 
 
 def pareto_plot(findings: Findings, metric: Metric) -> Plot | None:
@@ -117,7 +117,7 @@ def pareto_plot(findings: Findings, metric: Metric) -> Plot | None:
             f'text-anchor="{side[0]}">{escape(name)}</text>'
         )
     title = f"{metric.title} against the cost of training"
-    return Plot(title, f"cost-{_slug(str(metric))}", _svg(parts, _HEIGHT, title))
+    return Plot(title, f"cost-{slug(str(metric))}", _svg(parts, _HEIGHT, title))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -166,7 +166,7 @@ def level_plot(findings: Findings, axis: str, metric: Metric) -> Plot | None:
             parts.append(f'<text class="label {style}" {foot}>{escape(name)}</text>')
     title = f"{metric.title} by {axis}"
     height = _HEIGHT + (17 * len(lines) if len(lines) > 1 else 0)
-    return Plot(title, f"level-{_slug(axis)}-{_slug(str(metric))}", _svg(parts, height, title))
+    return Plot(title, f"level-{slug(axis)}-{slug(str(metric))}", _svg(parts, height, title))
 
 
 def length_plot(findings: Findings, benchmark: str) -> Plot | None:
@@ -205,7 +205,7 @@ def length_plot(findings: Findings, benchmark: str) -> Plot | None:
             f'<line class="axis" x1="{label}" x2="{_WIDTH - _RIGHT}" y1="{foot}" y2="{foot}"/>'
         )
     title = f"Answer lengths, {Metric(benchmark, '').title.strip()}"
-    return Plot(title, f"lengths-{_slug(benchmark)}", _svg(parts, height, title))
+    return Plot(title, f"lengths-{slug(benchmark)}", _svg(parts, height, title))
 
 
 def _share(counts: Counter[int]) -> float:
@@ -293,5 +293,6 @@ def _svg(parts: Sequence[str], height: float, title: str) -> str:
     )
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name as it stands in a file's name."""
     return "".join(char if char.isalnum() else "-" for char in text.lower())

@@ -16,17 +16,19 @@ from pumice.study.tables import csv_text, latex, markdown
 
 RECORD = "study.json"
 PAGE = "study.html"
+TABLES = ("study.md", "study.csv", "study.tex")
+PLOTS = "plots"
 
 
 def write_report(study: StudyFile, cells: Sequence[Cell], store: Store, out: Path) -> Findings:
     """Reads the finished runs and writes everything into `out`."""
     findings = analyse(study, cells, store)
-    write_json(out / RECORD, findings.to_dict())
-    write_atomic(out / "study.md", markdown(findings))
-    write_atomic(out / "study.csv", csv_text(findings))
-    write_atomic(out / "study.tex", latex(findings))
+    for name, text in zip(TABLES, (markdown, csv_text, latex), strict=True):
+        write_atomic(out / name, text(findings))
     plots = all_plots(findings)
+    titles = {plot.name: plot.title for plot in plots}
+    write_json(out / RECORD, findings.to_dict() | {"plots": titles})
     for plot in plots:
-        write_atomic(out / "plots" / f"{plot.name}.svg", plot_file(plot))
+        write_atomic(out / PLOTS / f"{plot.name}.svg", plot_file(plot))
     write_atomic(out / PAGE, study_page(findings, plots))
     return findings
