@@ -21,7 +21,7 @@ from pumice.study.analyse import Findings, Metric, between
 from pumice.study.cells import arms_of, reference_arm
 from pumice.study.launch import LocalProcesses, SlurmJobs
 from pumice.study.page import plot_file, study_page
-from pumice.study.plots import all_plots, pareto_front
+from pumice.study.plots import all_plots, apart, pareto_front
 from pumice.study.results import ArmCost, ArmResult
 from pumice.study.runner import Job, Stopped
 from pumice.study.spec import StudyFile
@@ -221,3 +221,7 @@ def test_a_cluster_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_negative_zero_is_written() -> None:
     assert interval_text(-0.01, (-0.04, 0.02), signed=True) == "+0.0 (+0.0 to +0.0)"
     assert interval_text(-0.04, (-1.04, 0.02)) == "0.0 (-1.0 to 0.0)"
+
+
+def test_names_beside_dots_do_not_hide_each_other() -> None:
+    assert apart([50.0, 10.0, 12.0, 100.0, 11.0], 14.0) == [52.0, 10.0, 38.0, 100.0, 24.0]

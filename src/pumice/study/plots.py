@@ -14,7 +14,7 @@ from html import escape
 from pumice.eval.charts import nice_ticks
 from pumice.study.analyse import Findings, Metric
 from pumice.study.results import LONGEST, ArmResult
-from pumice.study.statistics import Estimate
+from pumice.study.statistics import DIRECTIONS, Estimate
 
 _WIDTH, _LEFT, _RIGHT = 640, 64, 20
 _HEIGHT, _TOP, _BOTTOM = 340, 26, 52
@@ -40,8 +40,9 @@ def all_plots(findings: Findings) -> list[Plot]:
     for axis in study.axes:
         for metric in findings.metrics:
             plots.append(effect_plot(findings, axis, metric))
-    if findings.metrics:
-        plots.append(pareto_plot(findings, findings.metrics[0]))
+    quality = [metric for metric in findings.metrics if DIRECTIONS.get(metric.name, 1) > 0]
+    if quality:
+        plots.append(pareto_plot(findings, quality[0]))
     pairs = [(axis, str(metric)) for axis in study.axes for metric in findings.metrics
              if study.axes[axis].numbers()]  # fmt: skip
     pairs += [(axis, metric) for axis, metric in study.against if (axis, metric) not in pairs]
@@ -83,7 +84,7 @@ def effect_plot(findings: Findings, axis: str, metric: Metric) -> Plot | None:
 
 
 def pareto_plot(findings: Findings, metric: Metric) -> Plot | None:
-    """A metric against the FLOPs of training; arms that none beats in both are joined."""
+    """A metric (more is better) against the FLOPs of training; arms that none beats are joined."""
     points = [
         (result.arm.name, result.cost.flops, own)
         for result in findings.arms
@@ -106,16 +107,14 @@ def pareto_plot(findings: Findings, metric: Metric) -> Plot | None:
     front = pareto_front([(flops, own.value) for _, flops, own in points])
     line = "L".join(f"{x(costs[i]):.1f},{y(points[i][2].value):.1f}" for i in front)
     parts.append(f'<path class="front" d="M{line}"/>')
-    for place, (name, _, own) in enumerate(points):
-        at = x(costs[place])
-        kind = "clear" if place in front else "unclear"
-        parts.append(_bar(own, at, y, kind))
+    for place, (_, _, own) in enumerate(points):
+        parts.append(_bar(own, x(costs[place]), y, "clear" if place in front else "unclear"))
+    heights = apart([y(own.value) - 7 for *_, own in points], 14.0)
+    for at, height, (name, *_) in zip(map(x, costs), heights, points, strict=True):
         # Names of dear arms stand at the left of their dots, or they would leave the picture.
-        side = ("end", -9) if at > 0.6 * _WIDTH else ("start", 9)
-        parts.append(
-            f'<text class="label" x="{at + side[1]:.1f}" y="{y(own.value) - 7:.1f}" '
-            f'text-anchor="{side[0]}">{escape(name)}</text>'
-        )
+        anchor, shift = ("end", -9) if at > 0.6 * _WIDTH else ("start", 9)
+        spot = f'x="{at + shift:.1f}" y="{height:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="label" {spot}>{escape(name)}</text>')
     title = f"{metric.title} against the cost of training"
     return Plot(title, f"cost-{slug(str(metric))}", _svg(parts, _HEIGHT, title))
 
@@ -128,6 +127,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         if not front or points[i][1] > points[front[-1]][1]:
             front.append(i)
     return front
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved down where two are nearer than `gap`, so that no name hides another."""
+    moved, last = list(heights), -math.inf
+    for place in sorted(range(len(moved)), key=moved.__getitem__):
+        last = moved[place] = max(moved[place], last + gap)
+    return moved
 
 
 def level_plot(findings: Findings, axis: str, metric: Metric) -> Plot | None:
