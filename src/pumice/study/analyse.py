@@ -17,7 +17,7 @@ from pumice.study.spec import Claim, StudyFile
 from pumice.study.statistics import Estimate, differences, estimates, verdict
 from pumice.study.store import Store
 
-SHOWN, NOT_SHOWN, OPPOSITE, NO_RESULT = "shown", "not shown", "the opposite", "no result"
+STATUSES = SHOWN, NOT_SHOWN, OPPOSITE, NO_RESULT = "shown", "not shown", "the opposite", "no result"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pumice.core.files import read_json
+from pumice.study.analyse import SHOWN, STATUSES
 from pumice.study.plots import slug
 from pumice.study.report import PLOTS, RECORD
 from pumice.study.spec import StudyFile
@@ -22,7 +24,9 @@ What the pocket studies showed, beside what the papers found. Made by
 `python benchmarks/findings.py` from [benchmarks/results/studies]({_KEPT}),
 which has every study's record, tables and plots; [study.md](study.md) says how the intervals are
 made. *Shown* means that the whole 95 % interval, over other pictures and other seeds, is on the
-claimed side; *not shown* that the study is too small to say.
+claimed side, *the opposite* that it is on the other; *not shown* that it holds both: there is no
+such effect, or it is too small for this many pictures and seeds. How wide the interval is tells
+which of the two is likely.
 
 A pocket world can tell whether a choice matters for a model that has to find, bind and name a few
 things, and whether the pipeline learns what it should. It cannot tell how large the effect is on
@@ -36,13 +40,12 @@ def findings_text(kept: Path, studies: Mapping[str, StudyFile]) -> str:
 
     `studies` are the shipped ones; those without a record are listed as not run.
     """
-    parts = [_HEAD]
-    known = set()
-    for path in sorted(kept.glob(f"*/{RECORD}")):
-        record = read_json(path)
-        known.add(record["name"])
+    records = [read_json(path) for path in sorted(kept.glob(f"*/{RECORD}"))]
+    parts = [_HEAD, _glance(records)]
+    for record in records:
         parts += [f"## {record['name']}\n", f"{record['about']} ({record['source']}).\n"]
         parts += [_claims(record), _plots(record), _arms(record), _remarks(record)]
+    known = {record["name"] for record in records}
     missing = [study for name, study in studies.items() if name not in known]
     if missing:
         lines = "\n".join(f"* `{study.name}`: {study.about}" for study in missing)
@@ -50,15 +53,38 @@ def findings_text(kept: Path, studies: Mapping[str, StudyFile]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _glance(records: Sequence[Record]) -> str:
+    """How many claims are shown, and those that are not."""
+    claims = [(record["name"], claim) for record in records for claim in record["claims"]]
+    counts = Counter(claim["status"] for _, claim in claims)
+    found = ", ".join(f"{counts[word]} {word}" for word in STATUSES if counts[word])
+    untestable = sum(len(record["not_testable"]) for record in records)
+    lines = [
+        f"Of {len(claims)} claims of the papers: {found}; {untestable} more cannot be tested here."
+    ]
+    apart = [
+        f"* {name}: {claim['text']}: {claim['status']}, {_gap(claim)}"
+        for name, claim in claims
+        if claim["status"] != SHOWN
+    ]
+    if apart:
+        lines.append("Where the pocket studies do not follow the papers:")
+        lines.append("\n".join(apart))
+    return "\n\n".join(lines) + "\n"
+
+
 def _claims(record: Record) -> str:
     rows = [("claim", "paper", "here: difference (95 %)", "")]
     for claim in record["claims"]:
-        gap = "-"
-        if claim["difference"] is not None:
-            gap = interval_text(claim["difference"], claim["interval"], signed=True)
-        found = f"{claim['metric']}, {claim['more']} less {claim['less']}: {gap}"
+        found = f"{claim['metric']}, {claim['more']} less {claim['less']}: {_gap(claim)}"
         rows.append((claim["text"], claim["paper"] or "-", found, f"**{claim['status']}**"))
     return markdown_table(rows) + "\n" if len(rows) > 1 else ""
+
+
+def _gap(claim: Mapping[str, Any]) -> str:
+    if claim["difference"] is None:
+        return "-"
+    return interval_text(claim["difference"], claim["interval"], signed=True)
 
 
 def _plots(record: Record) -> str:
