@@ -219,7 +219,8 @@ def test_a_cluster_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_negative_zero_is_written() -> None:
-    assert interval_text(-0.01, (-0.04, 0.02), signed=True) == "+0.0 (+0.0 to +0.0)"
+    assert interval_text(-0.001, (-0.5, 0.2), signed=True) == "+0.0 (-0.5 to +0.2)"
+    assert interval_text(-0.001, (-0.04, 0.02), signed=True) == "+0.00 (-0.04 to +0.02)"
     assert interval_text(-0.04, (-1.04, 0.02)) == "0.0 (-1.0 to 0.0)"
 
 

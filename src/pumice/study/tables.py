@@ -172,10 +172,12 @@ def with_interval(estimate: Estimate, *, signed: bool = False) -> str:
 
 def interval_text(value: float, interval: Sequence[float] | None, *, signed: bool = False) -> str:
     """The same of plain numbers; the value alone where its interval is not known."""
-    form = "+z.1f" if signed else "z.1f"  # no "-0.0"
+    sign = "+" if signed else ""
     if interval is None:
-        return f"{value:{form}}"
+        return f"{value:{sign}z.1f}"
     low, high = interval
+    # Shares of a word, where one digit would write three equal numbers.
+    form = f"{sign}z.{2 if high - low < 0.5 else 1}f"
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
