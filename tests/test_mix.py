@@ -137,6 +137,25 @@ def test_other_counts_are_an_error_and_nothing_is_written(
     ]  # fmt: skip
 
 
+def test_a_folder_may_be_called_as_a_count_is(sources: Path, run: Run) -> None:
+    (sources / "pictures").rename(sources / "images")
+    folders = {"images": 10, "rows": 0}
+    expect = {"rows": 10, "images": 2, "folders": folders}
+
+    def told(expect: dict[str, Any]) -> str:
+        file = mixture(sources, seen__images="images", seen__expect=expect)
+        code, _, err = run("data", "mix", file, "--out", sources / "n.jsonl")
+        assert code == 2
+        return err
+
+    _, record = mixed(mixture(sources, seen__images="images", seen__expect=expect), run)
+    assert record["sources"]["seen"]["images"] == 2
+    # The count of the folder does not stand for that of different images.
+    assert "seen has 2 different images, expected 10" in told(expect | {"images": 10})
+    below = told(expect | {"folders": {"images": 9}})
+    assert "seen has 10 rows with images below images, expected 9" in below
+
+
 def test_all_that_is_missing_is_named_at_once(sources: Path, run: Run) -> None:
     (sources / "seen.json").unlink()
     (sources / "pictures").rmdir()
@@ -178,7 +197,7 @@ def test_accepted_counts_are_recorded(sources: Path, run: Run) -> None:
         ({"text__wieght": 2.0}, "'weight'"),
         ({"text__cap": 0}, "sources.text.cap"),
         ({"text__expect": {"row": 1}}, "known here: rows, with_image"),
-        ({"seed": "x"}, "seed is 'x'"),
+        ({"seed": "x"}, "^mixture not valid: seed is 'x'"),
     ],
 )
 def test_wrong_keys_are_named(sources: Path, keys: dict[str, Any], told: str) -> None:

@@ -114,7 +114,11 @@ def write_mix(
     counted = dict(zip((part.name for part in parts), mixture.counts, strict=True))
     _refuse(
         name,
-        [f for p in checked for f in _differing(p.name, p.expected, {"rows": counted[p.name]})],
+        [
+            f
+            for p in checked
+            for f in _differing(p.name, p.expected, {_WORDS["rows"]: counted[p.name]})
+        ],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     part_file = out.with_name(f".{out.name}.part")
@@ -206,23 +210,28 @@ class _Mixed:
 
 
 def _numbers(counts: Counts, expected: Expected | None) -> dict[str, int]:
-    """The counts that are expected, by their names."""
+    """The counts that are expected, by how they are told."""
     folders = {} if expected is None else expected.folders
-    told = {key: value for key, value in counts.told().items() if key != "folders"}
-    return told | {folder: counts.below(folder) for folder in folders}
+    told = {_WORDS[key]: value for key, value in counts.told().items() if key in _WORDS}
+    return told | {_rows_below(folder): counts.below(folder) for folder in folders}
 
 
 def _differing(name: str, expected: Expected | None, found: dict[str, int]) -> list[str]:
     """A sentence for each count that is another than expected, among those that are known."""
     if expected is None:
         return []
-    wanted = {key: value for key, value in asdict(expected).items() if key != "folders"}
+    # Told apart by their words: a folder may be called `images` or `rows` as well.
+    wanted = {words: getattr(expected, key) for key, words in _WORDS.items()}
+    wanted |= {_rows_below(folder): value for folder, value in expected.folders.items()}
     return [
-        f"{name} has {found[key]:,} {_WORDS.get(key, f'rows with images below {key}')}, expected "
-        f"{value:,}"
-        for key, value in (wanted | expected.folders).items()
-        if value is not None and key in found and found[key] != value
+        f"{name} has {found[words]:,} {words}, expected {value:,}"
+        for words, value in wanted.items()
+        if value is not None and words in found and found[words] != value
     ]
+
+
+def _rows_below(folder: str) -> str:
+    return f"rows with images below {folder}"
 
 
 _WORDS = {

@@ -197,18 +197,23 @@ def explain(
     schema: type[BaseModel] = Recipe,
 ) -> str:
     """What is wrong in a file that should follow a schema, one line for each fault."""
-    word = schema.__name__.lower()
+    word = _word(schema)
     lines = [_explain_one(detail, file, overrides, schema) for detail in error.errors()]
     if len(lines) == 1:
         return f"{word} not valid: {lines[0]}"
     return f"{word} not valid:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _word(schema: type[BaseModel]) -> str:
+    """What people call such a file: recipe, study, mixture."""
+    return schema.__name__.removesuffix("File").lower()
+
+
 def _explain_one(
     detail: ErrorDetails, file: str, overrides: Sequence[Override], schema: type[BaseModel]
 ) -> str:
     place = [str(part) for part in detail["loc"] if part != "[key]"]
-    dotted = ".".join(place) or f"the {schema.__name__.lower()}"
+    dotted = ".".join(place) or f"the {_word(schema)}"
     where = _blame(place, file, overrides)
     kind = detail["type"]
     if kind == "extra_forbidden" or detail["loc"][-1:] == ("[key]",):
