@@ -180,9 +180,9 @@ def _tell(report: Report, applied: dict[str, Any], path: Path) -> None:
             rows.append((name, KINDS[name].severity, f"{count:,}", _short(example_)))
         say("\n" + table(rows))
     bad = len(report.bad_rows)
-    say(f"\n{bad:,} rows with errors" if bad else "\nno errors")
+    say(f"\n{bad:,} row{'s' * (bad != 1)} with errors" if bad else "\nno errors")
     if "clean_file" in applied:
-        say(f"{applied['clean_file']}: the {applied['clean_rows']:,} rows without")
+        say(f"{applied['clean_file']}: the {applied['clean_rows']:,} rows without errors")
     say(f"every finding: {path}")
     if report.unread:
         named = ", ".join(report.unread[:_SHOWN])
