@@ -52,6 +52,17 @@ def test_every_benchmark_can_be_asked_and_scored(
     assert value > 0.9 * best and base < 0.8 * best
 
 
+def test_vqav2_has_test_questions_to_submit(world: Path) -> None:
+    test, dev = (
+        BENCHMARKS["vqav2"].with_options({"split": split}).load(world)
+        for split in ("test2015", "test-dev2015")
+    )
+    prompts = {item.id: item.prompt for item in BENCHMARKS["vqav2"].load(world)}
+    assert {item.id: item.prompt for item in test} == prompts
+    assert 0 < len(dev) < len(test) and {item.id for item in dev} < prompts.keys()
+    assert all(item.image is not None and item.image.is_file() for item in test)
+
+
 def test_mmbench_turns_the_options_and_the_answer_with_them(world: Path) -> None:
     groups: dict[str, list[Item]] = defaultdict(list)
     for name in ("mmbench", "mmbench_cn"):

@@ -20,7 +20,7 @@ from pumice.world.benchmarks_short import (
     write_vizwiz,
     write_xgqa,
 )
-from pumice.world.datasets import eval_name
+from pumice.world.datasets import SHORT, eval_name
 from pumice.world.scenes import SHAPES, Scene, render
 
 POPE_PER_SIDE = 3
@@ -30,6 +30,7 @@ VQA_PER_IMAGE = 6
 BALANCING_DRAWS = 8
 LARGEST_SHARE = 1.3
 CHOICES_PER_WORLD = 400
+_TEST_DEV = 4  # One in so many test questions is one of test-dev.
 DETAIL_QUESTION = "Provide a detailed description of the given image."
 
 
@@ -121,6 +122,19 @@ def write_vqa(folder: Path, scenes: list[Scene], seed: int) -> None:
         folder / "v2_mscoco_val2014_annotations.json",
         json.dumps({**head, "annotations": annotations}),
     )
+    _write_vqa_test(folder, questions)
+
+
+def _write_vqa_test(folder: Path, questions: list[dict[str, Any]]) -> None:
+    """LLaVA's files of the test questions, without answers; test-dev is a part of test."""
+    rows = [
+        {"question_id": asked["question_id"], "image": eval_name(asked["image_id"] - 1),
+         "text": f"{asked['question']}\n{SHORT}", "category": "default"}
+        for asked in questions
+    ]  # fmt: skip
+    for split, part in (("test2015", rows), ("test-dev2015", rows[::_TEST_DEV])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        write_atomic(folder / f"llava_vqav2_mscoco_{split}.jsonl", text)
 
 
 def _balanced_questions(
