@@ -29,7 +29,7 @@ from pumice.eval.benchmarks.llava_wild import LlavaWild
 from pumice.eval.benchmarks.mmvet import MMVet
 from pumice.eval.compare import compare_runs
 from pumice.eval.eval_report import report_eval
-from pumice.eval.judge import Judge
+from pumice.eval.judge import GIVE_UP_AFTER, Judge
 from pumice.eval.judged_benchmark import JudgedBenchmark
 from pumice.eval.local_judge import LocalChat
 from pumice.eval.prediction_files import PREDICTIONS
@@ -162,6 +162,24 @@ def test_verdicts_that_never_come_withhold_the_score(data: Path, tmp_path: Path)
     assert mended.metrics == {"total": 50.0} and mended.errors == 0
     # Neither the model nor the judge was asked again for what was there.
     assert not model.asked and len(judge.chat.asked) == 8 + 2 + 2  # type: ignore[union-attr]
+
+
+def test_a_dead_judge_is_not_asked_to_the_end(data: Path, tmp_path: Path) -> None:
+    alive = {"calls": 10}
+
+    def say(request: ChatRequest) -> str | None:
+        alive["calls"] -= 1
+        return "0.5" if alive["calls"] >= 0 else None
+
+    chat = ScriptedChat(say)
+    scores = run_judged(MMVet(), data, tmp_path, Judge("endpoint", "j", 100, chat))
+    assert len(chat.asked) == 10 + GIVE_UP_AFTER
+    assert scores.metrics is None and scores.errors == 4
+    assert (scores.judge["verdicts"], scores.judge["failed"]) == (400, 390)
+    mended = run_judged(
+        MMVet(), data, tmp_path, Judge("endpoint", "j", 100, ScriptedChat(lambda _: "1.0"))
+    )
+    assert mended.metrics == {"total": 100.0}
 
 
 def test_an_interrupted_judging_goes_on(data: Path, tmp_path: Path) -> None:
@@ -339,6 +357,16 @@ def test_eval_with_a_judge_from_the_command_line(
     for path in tmp_path.rglob("*.json*"):
         assert "a-secret" not in path.read_text()
     assert (tmp_path / "judge.replies.jsonl").is_file()
+
+
+def test_what_was_spent_is_told_when_the_score_is_withheld(
+    world: Path, tmp_path: Path, run: Run
+) -> None:
+    with teaching(Teacher(faults={"malformed": 1.0})) as url:
+        args = ["eval", "pocket", "--bench", "llava_wild", "--data", world, "--limit", "2"]
+        args += ["--judge", url, "--judge-model", "t", "--judge-runs", "1", "--out", tmp_path]
+        code, out, err = run(*args, "--judge-price-in", "30", "--judge-price-out", "60")
+    assert code == 1 and "withheld" in out and "spent so far" in err
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,12 @@ def _opened(options: JudgeOptions, replies: Path) -> Iterator[Judge]:
             yield Judge("endpoint", options.judge_model, options.judge_runs)
             return
         with _client(options, replies) as client:
-            yield Judge("endpoint", options.judge_model, options.judge_runs, client)
-            if client.prices is not None:
-                note(f"judging: {client.budget.spent:.4g} spent so far, over all runs")
+            try:
+                yield Judge("endpoint", options.judge_model, options.judge_runs, client)
+            finally:
+                # Also when the score is withheld, or the run was stopped: the money is gone.
+                if client.prices is not None:
+                    note(f"judging: {client.budget.spent:.4g} spent so far, over all runs")
         return
     from pumice.eval.local_judge import LocalChat
     from pumice.infer.model import load

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal, Protocol
 
 from pumice.core.errors import PumiceError
 from pumice.core.llm_client import LLMClient
-from pumice.core.llm_types import ChatRequest, Reply
+from pumice.core.llm_types import ChatRequest, Failure, Reply
 from pumice.core.log import get_logger
 
 By = Literal["endpoint", "local model", "reviews"]
+# Past so many calls in a row that failed the others would fail too, each after its retries.
+GIVE_UP_AFTER = 24
 # Replies that have arrived, only not in a form that can be read.
 _ARRIVED = ("empty", "filtered")
 
@@ -54,6 +57,25 @@ class Judge:
 def arrived(reply: Reply) -> bool:
     """True when the judge has answered, however; False when it must be asked again."""
     return reply.failure is None or reply.failure.kind in _ARRIVED
+
+
+def while_alive(replies: Iterator[Reply], count: int) -> Iterator[Reply]:
+    """These `count` replies, until many in a row were lost: then the rest is not asked for.
+
+    What was not asked is a failure that says why. A spent budget is no such loss: a cheaper call
+    may still be within it, and refusing one takes no time.
+    """
+    given = lost = 0
+    for reply in replies:
+        yield reply
+        given += 1
+        failure = reply.failure
+        failed = failure is not None and not arrived(reply) and failure.kind != "cost_cap"
+        lost = lost + 1 if failed else 0
+        if lost >= GIVE_UP_AFTER and failure is not None:
+            reason = f"not asked: the last {lost} calls all failed ({failure.reason})"
+            yield from repeat(Reply(key="", failure=Failure("stopped", reason)), count - given)
+            return
 
 
 def announce(judge: Judge, name: str, requests: Sequence[ChatRequest]) -> None:

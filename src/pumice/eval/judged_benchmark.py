@@ -24,7 +24,7 @@ from pumice.core.progress import progress
 from pumice.core.types import Prediction
 from pumice.eval import rubric
 from pumice.eval.benchmark import UNJUDGED, Benchmark, Floats, Item, Row, Sums, mean_of
-from pumice.eval.judge import Judge, announce, arrived
+from pumice.eval.judge import Judge, announce, arrived, while_alive
 from pumice.eval.scores import fingerprint
 from pumice.eval.verdicts import (
     JUDGED_BY,
@@ -268,7 +268,7 @@ class JudgedBenchmark(Benchmark):
                 announce(judge, self.name, requests)
             unread = []
             with progress(len(requests), f"{self.name}, judging") as bar:
-                replies = judge.chat.ask_all(requests)
+                replies = while_alive(judge.chat.ask_all(requests), len(requests))
                 for (row, run), reply in zip(waiting, replies, strict=True):
                     verdict = self._verdict(reply)
                     found[row.item.id][run] = verdict
