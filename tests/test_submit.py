@@ -66,6 +66,15 @@ def test_vizwiz_names_images_in_the_files_order(tmp_path: Path) -> None:
     ]
 
 
+def test_answers_to_another_split_are_no_upload(tmp_path: Path) -> None:
+    vizwiz = choose_benchmark("vizwiz", server=True)
+    rows = [{"question_id": n, "text": "can", "prompt": f"What now, {n}?"} for n in range(3)]
+    answers = dump_lines(vizwiz_files(tmp_path) / "answers.jsonl", rows)
+    with pytest.raises(DataError, match="3 of 3 answers were given to another question"):
+        write_submission(vizwiz, tmp_path, answers, tmp_path / "u.json", empty_missing=True)
+    assert not (tmp_path / "u.json").exists()
+
+
 def test_mmbench_writes_the_sheet_which_score_reads_again(tmp_path: Path) -> None:
     mmbench = choose_benchmark("mmbench", server=True)
     said = {row["index"]: f"{row['answer']}." for row in mmbench_rows()}

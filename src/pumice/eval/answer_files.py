@@ -106,6 +106,7 @@ def _answer(row: object, where: str) -> Answer:
         prompt=row.get("prompt"),
         category=row.get("category"),
         error=row.get("error"),
+        prompt_hash=row.get("prompt_hash") or None,
     )
 
 

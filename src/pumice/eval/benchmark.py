@@ -66,6 +66,8 @@ class Answer:
     prompt: str | None = None
     category: str | None = None
     error: str | None = None
+    prompt_hash: str | None = None
+    """Of a row of predictions.jsonl: what was asked, see `prediction_files.prompt_hash`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +261,10 @@ class Benchmark(ABC):
 
         Raises DataError when their prompts cannot be built as the protocol says.
         """
+
+    def knows_prompt(self, item: Item) -> bool:
+        """Whether the files at hand are enough to say what is asked."""
+        return True
 
     def category_metrics(self, sums: Sums) -> dict[str, Floats]:
         """The metrics of one slice of the items, each float[...]."""

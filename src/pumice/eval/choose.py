@@ -77,5 +77,9 @@ def _settings(options: Sequence[str], chosen: Sequence[str]) -> dict[str, dict[s
                 f"the option {option!r} is for {bench}, which is not asked for; asked for: "
                 f"{', '.join(chosen)}. Name the benchmark too, or leave the option out."
             )
-        settings[bench][name] = value.strip()
+        if settings[bench].setdefault(name, value.strip()) != value.strip():
+            raise PumiceError(
+                f"the option {bench}.{name} was given twice, as {settings[bench][name]} and "
+                f"{value.strip()}. Leave one out."
+            )
     return settings

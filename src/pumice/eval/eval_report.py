@@ -22,11 +22,12 @@ def report_eval(model: str, runs: Sequence[tuple[Benchmark, Path, Scores]], out:
     """Writes `out`/report.html of benchmarks with the directories they were run in.
 
     Where the same model was asked the same with shuffled images into `out` before, these scores
-    stand beside.
+    stand beside. A control's own page is report-shuffled.html or report-blank.html: it is run into
+    the place of the scores it belongs to, and their page stays.
     """
-    path = out / "report.html"
     scores = [own for _, _, own in runs]
     controls = {own.protocol.get("control") for own in scores} - {None}
+    path = out / f"{'-'.join(['report', *sorted(map(str, controls))])}.html"
     page = ReportData(
         title=model,
         about="".join(

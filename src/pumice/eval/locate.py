@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pumice.core.errors import DataError
+from pumice.core.errors import DataError, PumiceError
 
 if TYPE_CHECKING:
     from pumice.eval.benchmark import Benchmark, Item
 
+T = TypeVar("T")
+# What a value of another kind than the official one leads to, however deep it stands in a file.
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 IMAGE_FOLDERS = ("val2014", "{name}/images", "images", "", "{name}", "coco/val2014", "train2014")
 
 
@@ -52,6 +56,35 @@ def check_data_dir(data_dir: Path) -> None:
     )
 
 
+def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
+    """The benchmark's items, at least one; files of another form are a DataError."""
+    items = well_formed(lambda: benchmark.load(data_dir), f"{benchmark.name}: {data_dir}")
+    if not items:
+        raise DataError(
+            f"{benchmark.name}: its official file in {data_dir} holds no question. Take the "
+            f"official file, or make one with `pumice world make --out DIR`."
+        )
+    return items
+
+
+def well_formed(read: Callable[[], T], where: str) -> T:
+    """What `read` gives; a DataError where a file is not built as the code that reads it expects.
+
+    Benchmarks check the keys of rows; what a value is made of shows only when it is used.
+    """
+    try:
+        return read()
+    except PumiceError:
+        # Already says what is wrong, and may be one of the errors below.
+        raise
+    except _MALFORMED as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"{where}: a file is not in the official format ({type(error).__name__}: {error}; at "
+            f"{Path(place.filename).name}, line {place.lineno}). Take the official file."
+        ) from error
+
+
 def load_all(benchmarks: Sequence[Benchmark], data_dir: Path) -> dict[str, list[Item]]:
     """The items of each benchmark by its name; asked before a model is loaded.
 
@@ -62,7 +95,7 @@ def load_all(benchmarks: Sequence[Benchmark], data_dir: Path) -> dict[str, list[
     problems: dict[str, DataError] = {}
     for benchmark in benchmarks:
         try:
-            loaded[benchmark.name] = benchmark.load(data_dir)
+            loaded[benchmark.name] = load_items(benchmark, data_dir)
         except DataError as error:
             problems[benchmark.name] = error
     if not problems:

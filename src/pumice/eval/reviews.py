@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pumice.core.errors import DataError, PumiceError
 from pumice.eval.benchmark import Answer, Benchmark, Matching, Row
 from pumice.eval.judge import Judge
 from pumice.eval.judged_benchmark import JudgedBenchmark
-from pumice.eval.locate import check_data_dir
+from pumice.eval.locate import check_data_dir, load_items, well_formed
 from pumice.eval.prediction_files import answered_row
 from pumice.eval.runner import matched_answers
 from pumice.eval.scores import Scores, full_protocol, make_scores
@@ -40,12 +41,12 @@ def rescore_reviews(
     runs: list[dict[str, Verdict]] = []
     models: list[str] = []
     for path in reviews:
-        model, found = benchmark.read_reviews(path)
+        model, found = well_formed(partial(benchmark.read_reviews, path), str(path))
         models += [model] if model and model not in models else []
         runs += found
     judged = benchmark.judged_by(Judge("reviews", ", ".join(models), len(runs)))
     if answers_file is None:
-        items = judged.load(data_dir)
+        items = load_items(judged, data_dir)
         unknown = {name: Answer(name, "") for run in runs for name in run}
         matching = Matching(unknown, (_NO_ANSWERS,))
     else:
@@ -76,7 +77,7 @@ def are_reviews(benchmark: Benchmark, path: Path) -> bool:
     if not isinstance(benchmark, JudgedBenchmark):
         return False
     try:
-        benchmark.read_reviews(path)
+        well_formed(partial(benchmark.read_reviews, path), str(path))
     except DataError:
         return False
     return True

@@ -14,10 +14,10 @@ from pumice.core.files import JsonlWriter, read_json, write_json
 from pumice.core.log import get_logger
 from pumice.core.progress import progress
 from pumice.core.types import Request, Result, Sampling, user
-from pumice.eval.answer_files import read_answers
 from pumice.eval.benchmark import Benchmark, Item, Matching, Row
 from pumice.eval.controls import CONTROLS
-from pumice.eval.locate import check_data_dir
+from pumice.eval.locate import check_data_dir, load_items
+from pumice.eval.matching import flagged, match_file
 from pumice.eval.prediction_files import PredictionFiles, answered_row
 from pumice.eval.ranks import Ranks, neighbours
 from pumice.eval.scores import (
@@ -86,7 +86,7 @@ class Asking:
         """
         if loaded is None:
             check_data_dir(data_dir)
-            loaded = benchmark.load(data_dir)
+            loaded = load_items(benchmark, data_dir)
         items = take_evenly(loaded, self.limit, whole_groups=benchmark.whole_groups)
         benchmark.prepare(items)
         if self.control is not None:
@@ -206,8 +206,9 @@ def matched_answers(
 ) -> tuple[list[Item], Matching]:
     """The benchmark's items, and the answers of a file to them; an error when none fits."""
     check_data_dir(data_dir)
-    items = benchmark.load(data_dir)
-    matching = benchmark.match(read_answers(answers_file), items, str(answers_file))
+    items = load_items(benchmark, data_dir)
+    matching, other = match_file(benchmark, items, answers_file)
+    matching = flagged(matching, other, benchmark.title)
     if not matching.answers and not matching.flawed:
         raise DataError(
             f"{answers_file}: none of its ids is an item of {benchmark.title} in {data_dir} "

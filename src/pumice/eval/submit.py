@@ -13,11 +13,11 @@ from pathlib import Path
 from pumice.core.errors import DataError
 from pumice.core.files import write_atomic
 from pumice.core.registry import Registry
-from pumice.eval.answer_files import read_answers
 from pumice.eval.answers import normalise_m4c
 from pumice.eval.benchmark import Benchmark, Item
 from pumice.eval.benchmarks.mmbench import SHEET_COLUMNS
-from pumice.eval.locate import check_data_dir
+from pumice.eval.locate import check_data_dir, load_items
+from pumice.eval.matching import match_file, told
 from pumice.eval.tables import write_sheet
 
 Told = tuple[Item, str]
@@ -63,8 +63,13 @@ def write_submission(
             f"{out}: the server of {benchmark.title} takes a {server.suffix} file. Name it so."
         )
     check_data_dir(data_dir)
-    items = benchmark.load(data_dir)
-    matching = benchmark.match(read_answers(answers_file), items, str(answers_file))
+    items = load_items(benchmark, data_dir)
+    matching, other = match_file(benchmark, items, answers_file)
+    if other:
+        raise DataError(
+            f"{answers_file}: {told(matching, other, benchmark.title)}. The server would take them "
+            f"for answers to its own questions, so nothing is written."
+        )
     texts = {name: answer.text for name, answer in matching.answers.items() if not answer.error}
     missing = [item.id for item in items if item.id not in texts]
     if missing and not empty_missing:

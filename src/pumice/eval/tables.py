@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -47,7 +48,15 @@ def read_table(path: Path, empty: Collection[str] = frozenset({""})) -> Iterator
 
 def read_sheet(path: Path) -> Iterator[Cells]:
     """The rows of the first sheet of an Excel file by column name; an empty cell is None."""
-    sheet = _openpyxl().load_workbook(path, read_only=True).worksheets[0]
+    openpyxl = _openpyxl()
+    try:
+        sheet = openpyxl.load_workbook(path, read_only=True).worksheets[0]
+    except (zipfile.BadZipFile, KeyError) as error:
+        # KeyError: an archive, and not of a workbook.
+        raise DataError(
+            f"{path}: this is no Excel workbook ({error}). Save it as .xlsx again, or give the "
+            f"answers as .tsv or .jsonl."
+        ) from error
     rows = sheet.iter_rows(values_only=True)
     names = [str(name) for name in next(rows, ())]
     for cells in rows:

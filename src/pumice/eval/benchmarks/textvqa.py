@@ -73,6 +73,10 @@ class TextVQA(Benchmark):
                 f"or {ROSETTA_OCR} beside {FILE}, or ask without them: --option textvqa.ocr=none"
             )
 
+    def knows_prompt(self, item: Item) -> bool:
+        """Not without the OCR tokens, which scoring can do without."""
+        return self.chosen["ocr"] == "none" or item.extra["ocr"]
+
     def match(self, answers: Sequence[Answer], items: Sequence[Item], source: str) -> Matching:
         """By question id, or as LLaVA's scorer does by image and the question in the prompt."""
         known = {item.id for item in items}

@@ -1,0 +1,71 @@
+"""A file's answers to a benchmark's items, with a check that they speak of the same questions.
+
+Splits and languages of a benchmark share their ids: VizWiz's val and test, MMBench in English and
+in Chinese. Answers to the one would be scored as answers to the other, and give a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pumice.eval.answer_files import read_answers
+from pumice.eval.benchmark import Answer, Benchmark, Item, Matching
+from pumice.eval.prediction_files import prompt_hash
+from pumice.processing.response_formats import FORMATS, OCR_TOKENS
+
+# Sentences that questions share; two prompts with nothing else in common ask different things.
+_SHARED = frozenset(line for name in FORMATS.names() for line in FORMATS[name].lower().split("\n"))
+
+
+def match_file(
+    benchmark: Benchmark, items: Sequence[Item], answers_file: Path
+) -> tuple[Matching, list[str]]:
+    """The answers of a file to these items, and the ids of those given to something else.
+
+    A row tells what it answers by "prompt" (LLaVA's) or "prompt_hash" (predictions.jsonl); of one
+    that tells nothing, or that shows an image which is not at hand, nothing is known.
+    """
+    matching = benchmark.match(read_answers(answers_file), items, str(answers_file))
+    by_id = {item.id: item for item in items}
+    other = [
+        name
+        for name, answer in matching.answers.items()
+        if _to_another(benchmark, answer, by_id[name])
+    ]
+    return matching, other
+
+
+def flagged(matching: Matching, other: Sequence[str], title: str) -> Matching:
+    """The matching, flawed when answers were given to something else."""
+    if not other:
+        return matching
+    return replace(matching, notes=(*matching.notes, told(matching, other, title)), flawed=True)
+
+
+def told(matching: Matching, other: Sequence[str], title: str) -> str:
+    """How many answers were given to something else, and what to do."""
+    return (
+        f"{len(other)} of {len(matching.answers)} answers were given to another question, prompt "
+        f"or image than {title} has under their id (the first: {other[0]}); choose the split, "
+        f"language and prompt they were asked with (--option)"
+    )
+
+
+def _to_another(benchmark: Benchmark, answer: Answer, item: Item) -> bool:
+    if answer.error is not None:
+        return False
+    if answer.prompt is not None:
+        said = _plain(answer.prompt)
+        lines = [line for line in map(_plain, item.prompt.split("\n")) if line not in _SHARED]
+        asked = [line for line in lines if not line.startswith(_plain(OCR_TOKENS))]
+        return not any(line in said for line in asked)
+    if not answer.prompt_hash or not benchmark.knows_prompt(item):
+        return False
+    at_hand = item.image is None or item.image.is_file()
+    return at_hand and answer.prompt_hash != prompt_hash(item)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
