@@ -59,9 +59,8 @@ def _glance(records: Sequence[Record]) -> str:
     counts = Counter(claim["status"] for _, claim in claims)
     found = ", ".join(f"{counts[word]} {word}" for word in STATUSES if counts[word])
     untestable = sum(len(record["not_testable"]) for record in records)
-    lines = [
-        f"Of {len(claims)} claims of the papers: {found}; {untestable} more cannot be tested here."
-    ]
+    found += f"; {untestable} more cannot be tested here" if untestable else ""
+    lines = [f"Of {len(claims)} claims of the papers: {found}."]
     apart = [
         f"* {name}: {claim['text']}: {claim['status']}, {_gap(claim)}"
         for name, claim in claims
