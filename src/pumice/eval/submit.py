@@ -76,8 +76,8 @@ def write_submission(
         raise DataError(
             f"{answers_file}: {len(missing)} of {len(items)} questions of {benchmark.title} have "
             f"no answer (the first: {', '.join(missing[:3])}). "
-            + " ".join(f"{note}." for note in matching.notes)
-            + " Answer them all, or write empty answers for them with --empty-missing."
+            + "".join(f"{note}. " for note in matching.notes)
+            + "Answer them all, or write empty answers for them with --empty-missing."
         )
     server.write(out, [(item, texts.get(item.id, "")) for item in items])
     return Submission(out, len(items), len(missing), matching.notes)
