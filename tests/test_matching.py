@@ -46,6 +46,29 @@ def test_the_same_question_in_another_form_is_the_same(tmp_path: Path) -> None:
         assert scores.metrics is not None, scores.notes
 
 
+def test_slips_of_the_pen_ask_the_same(tmp_path: Path) -> None:
+    """Label files are corrected after answers were published; POPE's "imange" was in LLaVA's."""
+    vizwiz = BENCHMARKS["vizwiz"]
+    items = vizwiz.load(vizwiz_files(tmp_path))
+    rows = [{"question_id": item.id, "text": "1", "prompt": item.prompt} for item in items]
+    for row in rows:
+        first, _, rest = str(row["prompt"]).partition("\n")
+        row["prompt"] = f"{first[:3]}x{first[3:]}\n{rest}"
+    path = dump_lines(tmp_path / "slips.jsonl", rows)
+    assert rescore(vizwiz, tmp_path, path).metrics is not None
+
+
+def test_a_question_that_is_a_shared_sentence_is_asked(tmp_path: Path) -> None:
+    vizwiz = BENCHMARKS["vizwiz"].with_options({"prompt": "short"})
+    data = vizwiz_files(tmp_path)
+    path = next(data.rglob("val.json"))
+    path.write_text(path.read_text().replace("What IS this Can?", "Answer in detail."))
+    items = vizwiz.load(data)
+    rows = [{"question_id": item.id, "text": "1", "prompt": item.prompt} for item in items]
+    assert "Answer in detail." in str(rows[0]["prompt"])
+    assert rescore(vizwiz, data, dump_lines(tmp_path / "a.jsonl", rows)).metrics is not None
+
+
 def test_own_predictions_score_as_they_were_asked(tmp_path: Path) -> None:
     vqa = BENCHMARKS["vqav2"]
     data = vqa_files(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from pumice.eval.answer_files import read_answers
@@ -15,6 +16,8 @@ from pumice.eval.benchmark import Answer, Benchmark, Item, Matching
 from pumice.eval.prediction_files import prompt_hash
 from pumice.processing.response_formats import FORMATS, OCR_TOKENS
 
+# Official files are corrected: POPE's "imange" is "image" today, and in LLaVA's answers it is not.
+_SLIPS = 0.9
 # Sentences that questions share; two prompts with nothing else in common ask different things.
 _SHARED = frozenset(line for name in FORMATS.names() for line in FORMATS[name].lower().split("\n"))
 
@@ -57,14 +60,26 @@ def _to_another(benchmark: Benchmark, answer: Answer, item: Item) -> bool:
     if answer.error is not None:
         return False
     if answer.prompt is not None:
-        said = _plain(answer.prompt)
         lines = [line for line in map(_plain, item.prompt.split("\n")) if line not in _SHARED]
         asked = [line for line in lines if not line.startswith(_plain(OCR_TOKENS))]
-        return not any(line in said for line in asked)
+        return bool(asked) and not _asks(asked, answer.prompt)
     if not answer.prompt_hash or not benchmark.knows_prompt(item):
         return False
     at_hand = item.image is None or item.image.is_file()
     return at_hand and answer.prompt_hash != prompt_hash(item)
+
+
+def _asks(asked: Sequence[str], prompt: str) -> bool:
+    """Whether a prompt has one of these lines, or one that differs by slips of the pen."""
+    said = _plain(prompt)
+    if any(line in said for line in asked):
+        return True
+    parts = [_plain(part) for part in prompt.split("\n")]
+    return any(
+        SequenceMatcher(None, line, part, autojunk=False).ratio() > _SLIPS
+        for line in asked
+        for part in parts
+    )
 
 
 def _plain(text: str) -> str:
