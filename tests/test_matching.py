@@ -56,6 +56,9 @@ def test_slips_of_the_pen_ask_the_same(tmp_path: Path) -> None:
         row["prompt"] = f"{first[:3]}x{first[3:]}\n{rest}"
     path = dump_lines(tmp_path / "slips.jsonl", rows)
     assert rescore(vizwiz, tmp_path, path).metrics is not None
+    rows[0]["prompt"] = ""
+    path = dump_lines(tmp_path / "empty.jsonl", rows)
+    assert rescore(vizwiz, tmp_path, path).metrics is not None
 
 
 def test_a_question_that_is_a_shared_sentence_is_asked(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def _answer(row: object, where: str) -> Answer:
     return _text_answer(
         f"{name}#{turn}" if turn else str(name),
         next((row[key] for key in TEXT_NAMES if key in row), None),
-        prompt=row.get("prompt"),
+        prompt=row.get("prompt") or None,
         category=row.get("category"),
         error=row.get("error"),
         prompt_hash=row.get("prompt_hash") or None,
