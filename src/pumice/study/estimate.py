@@ -17,9 +17,10 @@ from pumice.study.cells import Cell, in_running_order
 from pumice.study.costs import Cost
 from pumice.study.store import Store
 
-# The twelve runs of benchmarks/results/studies/data-efficiency: one thread of two cores that
-# other work shared. The start is the median of the nine that took their first stage over: the whole
-# run less its steps and its questions (4.8 to 5.3 seconds, and once 22.5).
+# Twelve runs of data-efficiency, one thread of two cores that other work shared; on a core of its
+# own a run takes about half as long (benchmarks/results/studies). The start is the median of the
+# nine that took their first stage over: the whole run less its steps and its questions (4.8 to 5.3
+# seconds, and once 22.5).
 _POCKET_FLOPS = 3.0e10
 _POCKET_QUESTION = 0.003
 _POCKET_START = 5.2
