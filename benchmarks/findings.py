@@ -30,18 +30,14 @@ def keep(out: Path) -> None:
         shutil.copy(out / name, folder / name)
 
 
-def text() -> str:
-    """The page."""
-    return findings_text(KEPT, {name: load_study(name)[0] for name in study_names()})
-
-
 def main() -> None:
     """Keep what is named, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="*", type=Path, help="an --out directory of pumice study")
     for out in parser.parse_args().out:
         keep(out)
-    (ROOT / "docs" / "findings.md").write_text(text())
+    studies = {name: load_study(name)[0] for name in study_names()}
+    (ROOT / "docs" / "findings.md").write_text(findings_text(KEPT, studies))
 
 
 if __name__ == "__main__":

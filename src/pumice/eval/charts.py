@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from importlib.resources import files
 
@@ -22,12 +23,11 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
 # everything after the first tenth of training is a flat line.
 LOG_FROM = 12.0
 _MOST_POINTS = 360
-
-
 # Style sheets by package and name: colours first, which the others use.
 COLOURS, REPORT = ("pumice.eval", "colours.css"), ("pumice.eval", "report.css")
 
 
+@cache
 def style_of(*sheets: tuple[str, str]) -> str:
     """The sheets, each as (package, name), one after the other."""
     return "".join((files(package) / name).read_text("utf-8") for package, name in sheets)

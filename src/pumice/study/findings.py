@@ -58,7 +58,7 @@ def _glance(records: Sequence[Record]) -> str:
     claims = [(record["name"], claim) for record in records for claim in record["claims"]]
     counts = Counter(claim["status"] for _, claim in claims)
     found = ", ".join(f"{counts[word]} {word}" for word in STATUSES if counts[word])
-    untestable = sum(len(record["not_testable"]) for record in records)
+    untestable = len({text for record in records for text in record["not_testable"]})
     found += f"; {untestable} more cannot be tested here" if untestable else ""
     lines = [f"Of {len(claims)} claims of the papers: {found}."]
     apart = [

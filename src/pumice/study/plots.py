@@ -14,7 +14,7 @@ from html import escape
 from pumice.eval.charts import nice_ticks
 from pumice.study.analyse import Findings, Metric
 from pumice.study.results import LONGEST, ArmResult
-from pumice.study.statistics import DIRECTIONS, Estimate
+from pumice.study.statistics import Estimate, direction
 
 _WIDTH, _LEFT, _RIGHT = 640, 64, 20
 _HEIGHT, _TOP, _BOTTOM = 340, 26, 52
@@ -40,7 +40,7 @@ def all_plots(findings: Findings) -> list[Plot]:
     for axis in study.axes:
         for metric in findings.metrics:
             plots.append(effect_plot(findings, axis, metric))
-    quality = [metric for metric in findings.metrics if DIRECTIONS.get(metric.name, 1) > 0]
+    quality = [metric for metric in findings.metrics if direction(metric.name) > 0]
     if quality:
         plots.append(pareto_plot(findings, quality[0]))
     pairs = [(axis, str(metric)) for axis in study.axes for metric in findings.metrics

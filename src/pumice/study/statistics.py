@@ -26,8 +26,8 @@ from pumice.eval.metrics import drawn_sums
 
 PICTURE_DRAWS = 1000
 DRAWS = 20_000
-# Of metrics that are not here, more is better. 0: neither is.
-DIRECTIONS = {
+# Of metrics that are not here, more is better.
+_DIRECTIONS = {
     "chair_i": -1,
     "chair_s": -1,
     "unparsed": -1,
@@ -103,6 +103,11 @@ def differences(
     }
 
 
+def direction(metric: str) -> int:
+    """1 where more is better, -1 where less is, 0 where neither is."""
+    return _DIRECTIONS.get(metric, 1)
+
+
 def verdict(difference: Estimate | None, metric: str) -> str:
     """The difference in plain words. `metric` says which way is better."""
     if difference is None:
@@ -113,7 +118,7 @@ def verdict(difference: Estimate | None, metric: str) -> str:
     if sign == 0:
         words = "no difference at this size"
     else:
-        better = DIRECTIONS.get(metric, 1)
+        better = direction(metric)
         words = (
             ("higher" if sign > 0 else "lower")
             if better == 0

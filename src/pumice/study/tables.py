@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pumice.study.analyse import Findings, Metric
 from pumice.study.results import ArmResult
-from pumice.study.statistics import DIRECTIONS, Estimate
+from pumice.study.statistics import Estimate, direction
 
 Row = tuple[str, ...]
 COST_HEAD = (
@@ -220,7 +220,7 @@ def _tex_cell(findings: Findings, result: ArmResult, metric: Metric) -> str:
         return "--"
     gap = findings.differences[result.arm.name].get(str(metric))
     half = "" if own.interval is None else rf" \pm {(own.interval[1] - own.interval[0]) / 2:.1f}"
-    sign = 0 if gap is None else gap.sign * (DIRECTIONS.get(metric.name, 1) or 1)
+    sign = 0 if gap is None else gap.sign * (direction(metric.name) or 1)
     mark = {1: r"^{\uparrow}", -1: r"^{\downarrow}", 0: ""}[sign]
     return f"${own.value:.1f}{half}{mark}$"
 
