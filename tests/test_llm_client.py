@@ -47,6 +47,20 @@ def asking(
 # --- faults ---------------------------------------------------------------------------------------
 
 
+def test_requests_left_half_way_do_not_end_the_client() -> None:
+    with teaching(Teacher()) as url, LLMClient(endpoint(url)) as client:
+        replies = client.ask_all(many(40))
+        assert next(replies).failure is None
+        replies.close()
+        assert all(reply.failure is None for reply in client.ask_all(many(60)[40:]))
+        client.stop()
+        replies = client.ask_all(many(80)[60:])
+        failure = next(replies).failure
+        assert failure is not None and failure.kind == "stopped"
+        replies.close()
+        assert client.ask(request("Three cows graze.")).failure is not None
+
+
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_passes_is_asked_again_and_paid_once(fault: str) -> None:
     teacher = Teacher(faults={fault: 1.0}, hang=0.4)

@@ -101,6 +101,7 @@ class LLMClient:
         self.budget = Budget(cost_cap, self.cache.spent if self.cache else 0.0)
         self._rate = RateLimit(endpoint.per_minute)
         self._stop = threading.Event()
+        self._stopped = False
         self._cache_lock = threading.Lock()
         self._in_flight: dict[str, threading.Lock] = {}
         # The jitter decides when, never what, so it needs no seed.
@@ -125,6 +126,7 @@ class LLMClient:
 
     def stop(self) -> None:
         """Nothing more is sent: calls under way end, retries and waiting requests give up."""
+        self._stopped = True
         self._stop.set()
 
     def close(self) -> None:
@@ -178,7 +180,8 @@ class LLMClient:
     def ask_all(self, requests: Iterable[ChatRequest]) -> Generator[Reply, None, None]:
         """The replies in the order of the requests, asked side by side.
 
-        Requests are taken as they are needed, so there may be any number of them.
+        Requests are taken as they are needed, so there may be any number of them. One such batch
+        at a time: one that is left half-way ends the calls of all.
         """
         window = self.endpoint.concurrency * _AHEAD
         waiting: deque[Future[Reply]] = deque()
@@ -194,9 +197,12 @@ class LLMClient:
             finished = True
         finally:
             if not finished:
-                # Stopped half-way: calls under way end and are kept, retries are not waited for.
+                # Left half-way: calls under way end and are kept, retries are not waited for.
                 self._stop.set()
             pool.shutdown(cancel_futures=True)
+            if not self._stopped:
+                # Only these requests were given up; the client may be asked others.
+                self._stop.clear()
 
     def _ask_with_retries(self, request: ChatRequest, key: str) -> Reply:
         failure = Failure("stopped", "the client was closed before this request was sent")
