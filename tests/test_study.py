@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from pumice.cli.app import main
 from pumice.core.errors import DataError, PumiceError
@@ -256,6 +257,20 @@ def test_a_stopped_study_gives_the_same_table(
     assert [broken.state(cell.key) for cell in cells(tree)] == ["done", "missing"]
     assert len(run_study(tree, broken)) == 1
     assert table(tree, broken) == table(tree, ran)
+
+
+def test_what_another_study_works_on_comes_last(root: Path, world: Path, tmp_path: Path) -> None:
+    tree, store = study_tree(root, world, seeds=[0]), Store(tmp_path)
+    first, second = (cell.key for cell in cells(tree))
+    store.lock(first).parent.mkdir(parents=True)
+    theirs = FileLock(store.lock(first), thread_local=False).acquire().lock
+
+    def told(job: Job) -> str:
+        theirs.release()
+        return "enough for this test"
+
+    assert run_study(tree, store, InProcess(told)) == [second, first]
+    assert not theirs.is_locked
 
 
 def test_a_failed_run_is_a_line_with_its_error(

@@ -1,7 +1,8 @@
 """Runs what a study lacks: several workers, each run by itself, nothing lost at a kill.
 
 A run is a `pumice run` of its own, so it goes on where it was stopped, and one that fails takes no
-other with it. Whoever works on a run holds its lock; a second study that needs it waits.
+other with it. Whoever works on a run holds its lock; a second study that needs it does its other
+runs first, and waits then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pumice.core.log import get_logger
 from pumice.core.progress import progress
@@ -69,13 +70,16 @@ def run_missing(
     with progress(len(waiting), "runs") as bar, ThreadPoolExecutor(workers) as pool:
         whole = False
         try:
-            jobs = [
-                pool.submit(worker.work, cell, file)
-                for cell, file in zip(waiting, files, strict=True)
-            ]
-            for job in as_completed(jobs):
-                job.result()
-                bar.update(1)
+            todo = list(zip(waiting, files, strict=True))
+            # What others work on comes last: until then there is enough to do beside them.
+            for wait in (False, True):
+                jobs = {pool.submit(worker.work, *run, wait=wait): run for run in todo}
+                todo = []
+                for job in as_completed(jobs):
+                    if job.result():
+                        bar.update(1)
+                    else:
+                        todo.append(jobs[job])
             whole = True
         finally:
             if not whole:
@@ -90,27 +94,36 @@ class _Worker:
     launch: Launch
     features_gb: float | None
 
-    def work(self, cell: Cell, recipe: Path) -> None:
-        """One run, unless somebody else has finished it in the meantime."""
+    def work(self, cell: Cell, recipe: Path, *, wait: bool) -> bool:
+        """One run, unless somebody else has finished it in the meantime.
+
+        False, and nothing done, while somebody else works on it and we do not `wait`.
+        """
+        try:
+            with FileLock(self.store.lock(cell.key), timeout=-1 if wait else 0):
+                if self.store.state(cell.key) != "done":
+                    self._run(cell, recipe)
+        except Timeout:
+            return False
+        return True
+
+    def _run(self, cell: Cell, recipe: Path) -> None:
         store, key, name = self.store, cell.key, f"{cell.arm.name}, seed {cell.seed}"
-        with FileLock(store.lock(key)):
-            if store.state(key) == "done":
-                return
-            log.info("%s begins (%s)", name, key)
-            start = time.monotonic()
-            error = self.launch(
-                Job(
-                    key,
-                    recipe,
-                    store.run(key),
-                    store.log(key),
-                    store.stages,
-                    None if self.features_gb is None else store.features,
-                    self.features_gb,
-                )
+        log.info("%s begins (%s)", name, key)
+        start = time.monotonic()
+        error = self.launch(
+            Job(
+                key,
+                recipe,
+                store.run(key),
+                store.log(key),
+                store.stages,
+                None if self.features_gb is None else store.features,
+                self.features_gb,
             )
-            if error is None:
-                store.finish(key, time.monotonic() - start)
-            else:
-                log.warning("%s failed: %s", name, error)
-                store.fail(key, error)
+        )
+        if error is None:
+            store.finish(key, time.monotonic() - start)
+        else:
+            log.warning("%s failed: %s", name, error)
+            store.fail(key, error)
