@@ -21,7 +21,7 @@ from pumice.study.analyse import Findings, Metric, between
 from pumice.study.cells import arms_of, reference_arm
 from pumice.study.launch import LocalProcesses, SlurmJobs
 from pumice.study.page import plot_file, study_page
-from pumice.study.plots import all_plots, apart, pareto_front
+from pumice.study.plots import _named_ticks, _tick_lines, all_plots, apart, pareto_front
 from pumice.study.results import ArmCost, ArmResult
 from pumice.study.runner import Job, Stopped
 from pumice.study.spec import StudyFile
@@ -226,3 +226,14 @@ def test_no_negative_zero_is_written() -> None:
 
 def test_names_beside_dots_do_not_hide_each_other() -> None:
     assert apart([50.0, 10.0, 12.0, 100.0, 11.0], 14.0) == [52.0, 10.0, 38.0, 100.0, 24.0]
+
+
+def test_names_below_an_axis_do_not_touch() -> None:
+    few = [("low", 100.0), ("one view", 250.0), ("tiles without the whole", 400.0)]
+    assert _tick_lines(few) == 1
+    rungs = [(f"+ a long rung {n}", 80.0 + 65 * n) for n in range(9)]
+    assert _tick_lines(rungs) == 2
+    ends = [float(at) for at in re.findall(r'text x="([0-9.]+)"', "".join(_named_ticks(few, "x")))]
+    assert ends[2] + 7.0 * len(few[2][0]) / 2 <= 640
+    right = "".join(_named_ticks([("low", 100.0), ("tiles without the whole", 620.0)], "x"))
+    assert 'x="559.5"' in right

@@ -19,6 +19,8 @@ from pumice.study.statistics import Estimate, direction
 _WIDTH, _LEFT, _RIGHT = 640, 64, 20
 _HEIGHT, _TOP, _BOTTOM = 340, 26, 52
 _ROW = 30
+# A letter of 13 px, wide as letters are on the average, and a line of them.
+_LETTER, _LINE = 7.0, 16
 # Colours of lines, by class in plot.css.
 _KINDS = 6
 Place = Callable[[float], float]
@@ -159,7 +161,9 @@ def level_plot(findings: Findings, axis: str, metric: Metric) -> Plot | None:
     unit = findings.study.axes[axis].unit
     title_x = f"{axis}, {unit}" if unit else axis
     shown = [f"{number:g}" for number in at] if numbers else names
-    parts += _named_ticks([(t, x(v)) for t, v in zip(shown, at, strict=True)], title_x)
+    ticks = [(text, x(value)) for text, value in zip(shown, at, strict=True)]
+    parts += _named_ticks(ticks, title_x)
+    below = _HEIGHT + _LINE * (_tick_lines(ticks) - 1)
     for kind, (name, line) in enumerate(sorted(lines.items())):
         line.sort(key=lambda point: point[0])
         style = f"line-{kind % _KINDS}"
@@ -169,10 +173,10 @@ def level_plot(findings: Findings, axis: str, metric: Metric) -> Plot | None:
         shift = 5.0 * (kind - (len(lines) - 1) / 2)
         parts += [_bar(own, x(place) + shift, y, style) for place, own in line]
         if len(lines) > 1:
-            foot = f'x="{_LEFT}" y="{_HEIGHT + 10 + 17 * kind}"'
+            foot = f'x="{_LEFT}" y="{below + 10 + 17 * kind}"'
             parts.append(f'<text class="label {style}" {foot}>{escape(name)}</text>')
     title = f"{metric.title} by {axis}"
-    height = _HEIGHT + (17 * len(lines) if len(lines) > 1 else 0)
+    height = below + (17 * len(lines) if len(lines) > 1 else 0)
     return Plot(title, f"level-{slug(axis)}-{slug(str(metric))}", _svg(parts, height, title))
 
 
@@ -254,12 +258,27 @@ def _y_axis(values: Sequence[float], title: str) -> tuple[Place, list[str]]:
 def _named_ticks(ticks: Sequence[tuple[str, float]], title: str) -> list[str]:
     base = _HEIGHT - _BOTTOM + 4
     parts = [f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>']
-    for text, at in ticks:
-        parts.append(
-            f'<text x="{at:.1f}" y="{base + 18}" text-anchor="middle">{escape(text)}</text>'
-        )
-    end = f'x="{_WIDTH - _RIGHT}" y="{base + 38}" text-anchor="end"'
+    lines = _tick_lines(ticks)
+    for place, (text, at) in enumerate(ticks):
+        half = _LETTER * len(text) / 2
+        middle = min(max(at, half), _WIDTH - half)
+        spot = f'x="{middle:.1f}" y="{base + 18 + _LINE * (place % lines)}" text-anchor="middle"'
+        parts.append(f"<text {spot}>{escape(text)}</text>")
+    end = f'x="{_WIDTH - _RIGHT}" y="{base + 38 + _LINE * (lines - 1)}" text-anchor="end"'
     return [*parts, f'<text class="name" {end}>{escape(title)}</text>']
+
+
+def _tick_lines(ticks: Sequence[tuple[str, float]]) -> int:
+    """On how many lines, in turn, the names below an axis do not touch."""
+    widths = [_LETTER * (len(text) + 1) for text, _ in ticks]
+    for lines in range(1, len(ticks)):
+        pairs = range(len(ticks) - lines)
+        if all(
+            abs(ticks[i + lines][1] - ticks[i][1]) >= (widths[i] + widths[i + lines]) / 2
+            for i in pairs
+        ):
+            return lines
+    return max(len(ticks), 1)
 
 
 def _x_axis(ticks: Sequence[float], x: Place, base: float, title: str, *, top: float) -> list[str]:
