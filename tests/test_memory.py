@@ -29,7 +29,7 @@ def held() -> int:
 
 
 @pytest.mark.skipif(
-    memory._malloc_trim() is None or not Path("/proc/self/status").is_file(),
+    memory._glibc("malloc_trim") is None or not Path("/proc/self/status").is_file(),
     reason="only glibc on Linux keeps freed blocks, and only Linux tells how many",
 )
 def test_freed_blocks_between_held_ones_leave_the_process() -> None:
@@ -50,8 +50,45 @@ def test_what_only_a_cycle_holds_is_freed() -> None:
 
 
 def test_another_c_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(memory, "_glibc", lambda name: None)
     give_back_memory()
+    memory.keep_freed_memory.__wrapped__()
+
+
+_BLOCKS = """
+import resource
+from pathlib import Path
+from pumice.core import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def held():
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x]
+    return int(line.split()[1]) * 1024
+
+new = [faults(), faults()]
+memory.keep_freed_memory()
+kept = [faults(), faults()]
+much = held()
+memory.give_back_heap()
+print(new[1], kept[1], much - held())
+"""
+
+
+@pytest.mark.skipif(
+    memory._glibc("mallopt") is None or not Path("/proc/self/status").is_file(),
+    reason="only glibc is told to keep freed blocks",
+)
+def test_large_freed_blocks_are_kept_when_asked_and_can_still_be_given_back() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", _BLOCKS], capture_output=True, text=True, check=True
+    )
+    new, kept, given_back = map(int, told.stdout.split())
+    assert new > 30 * max(kept, 1)
+    assert given_back > 2**25
 
 
 @pytest.mark.skipif(

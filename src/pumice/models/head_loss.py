@@ -130,4 +130,5 @@ def _to_shares(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 def _added(total: torch.Tensor | None, more: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A sum over pieces, held in the type of `like`."""
-    return more.to(like.dtype) if total is None else total.add_(more)
+    more = more.to(like.dtype)  # first, as an addition of two types is many times slower
+    return more if total is None else total.add_(more)

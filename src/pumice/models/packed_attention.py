@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from pumice.core.errors import PumiceError
+from pumice.models import causal_attention
 
 if TYPE_CHECKING:
     from pumice.models.language import LanguageModel
@@ -70,34 +71,40 @@ def document_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     lengths = [query.shape[2]] if documents is None else documents.lengths
+    plain = softcap is None and s_aux is None
+    if sliding_window is not None and sliding_window >= max(lengths):
+        sliding_window = None
+    if plain and sliding_window is None and causal_attention.pays(query, lengths, dropout):
+        lower = _lower_precision("cpu") or torch.float32
+        return causal_attention.attend(query, key, value, lengths, scale, lower), None
     query, key, value = _in_one_precision(query, key, value)
     mixed = []
     with torch.autocast(query.device.type, enabled=False):
         for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
-            cut = sliding_window is not None and q.shape[2] > sliding_window
-            if cut or softcap is not None or s_aux is not None:
-                mixed.append(_attend(q * scale, k, v, dropout, sliding_window, softcap, s_aux))
-            else:
+            if plain and (sliding_window is None or q.shape[2] <= sliding_window):
                 mixed.append(
                     F.scaled_dot_product_attention(
                         q, k, v, dropout_p=dropout, is_causal=True, scale=scale
                     )
                 )
+            else:
+                mixed.append(_attend(q * scale, k, v, dropout, sliding_window, softcap, s_aux))
     return torch.cat(mixed, 2).to(wanted).transpose(1, 2).contiguous(), None
+
+
+def _lower_precision(device: str) -> torch.dtype | None:
+    """That of autocast, where it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _in_one_precision(*states: torch.Tensor) -> list[torch.Tensor]:
     """All in the lower precision of autocast on a GPU, and in float32 on a CPU.
 
-    There the fused kernel of float32 is the fastest: bfloat16 has a slow one, and its products of
-    small matrices cost more in preparation, anew for each length, than they save.
+    There the fused kernel of float32 is the faster one.
     """
     device = states[0].device.type
-    if device == "cpu":
-        return [part.float() for part in states]
-    if torch.is_autocast_enabled(device):
-        return [part.to(torch.get_autocast_dtype(device)) for part in states]
-    return list(states)
+    lower = torch.float32 if device == "cpu" else _lower_precision(device)
+    return list(states) if lower is None else [part.to(lower) for part in states]
 
 
 def _attend(
