@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers_llava import build_processor
 
 from pumice.core.images import open_image
+from pumice.core.memory import keep_freed_memory
 from pumice.core.shipped import resolve_backbone
 from pumice.core.types import Sample, assistant, user
 from pumice.processing.collate import collate
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # As a loader with workers does; transformers' side has it too.
+    keep_freed_memory()
     record = where("loader.py")
     record |= {"clock": "cpu", "rounds": args.rounds, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,252 @@
+"""Pillow's bicubic shrinking of padded pictures, to the last bit, out of matrix products.
+
+Pillow weighs 8-bit levels with weights of 22 binary digits, row by row first and then column by
+column, and rounds after each pass. A product in float32 is as good but where a sum lies so near to
+a half that its own rounding could decide: those few are computed again in whole numbers. What lies
+round the picture is of one colour before and after, and is not computed at all.
+
+Shapes: S side of the square after, L weights of one level, R rows of what is filtered together.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+Color = tuple[int, int, int]
+Levels = NDArray[np.float32]
+
+# Pillow's PRECISION_BITS, and how far a bicubic filter reaches (Resample.c).
+_BITS, _REACH = 22, 2.0
+# Levels that share a product: more make it wider than its weights, fewer make more products.
+_BLOCK = 16
+# Numbers in float32 that are worked on together, and of which memory is kept for the next picture.
+_TOGETHER, _KEPT = 2**20, 2**22
+# Of float32, and the additions that round besides those of the weights.
+_ROUNDING, _SLACK = 2.0**-24, 2
+
+
+Bands = tuple[tuple[slice, slice, Levels], ...]
+"""Blocks of levels, what they are made of, and the weights, float32[of, levels]."""
+
+
+class Shrunk(NamedTuple):
+    """The part of the square that is not of its colour alone."""
+
+    levels: Levels
+    """float32[rows, 3, columns], whole numbers from 0 to 255."""
+    top: int
+    left: int
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """How S levels are made of those of one axis of the square before."""
+
+    first: NDArray[np.int64]
+    """long[S]: where the weights of each begin."""
+    weights: NDArray[np.int64]
+    """long[S, L], in units of 2 ** -22."""
+    bands: Bands
+    doubtful: np.float32
+    """A sum that is farther than this from a whole number may have been rounded the wrong way."""
+
+    def used(self, start: int, stop: int) -> Bands:
+        """Blocks that are made of anything between two places."""
+        return tuple(b for b in self.bands if b[1].start < stop and start < b[1].stop)
+
+    def exact(self, at: NDArray[np.int64], levels: Levels) -> NDArray[np.int64]:
+        """long[N] of S, float32[N, L] where its weights begin -> long[N], as Pillow rounds."""
+        sums: NDArray[np.int64] = (levels.astype(np.int64) * self.weights[at]).sum(1)
+        return sums + (1 << _BITS - 1) >> _BITS
+
+
+def pays(image: PIL.Image.Image, size: int, largest: int) -> bool:
+    """Whether a square of the longer side shrinks to `size`, and does so here as Pillow does it.
+
+    Pillow is left the pictures of more than `largest` pixels, a strip at a time.
+    """
+    side, pixels = max(image.size), image.width * image.height
+    return side > size and max(side * size, pixels) <= largest and _as_pillow()
+
+
+def shrink_padded(image: PIL.Image.Image, size: int, color: Color) -> Shrunk:
+    """An RGB picture in the middle of a square of `color`, made `size` wide."""
+    side = max(image.size)
+    axis = _axis(side, size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    across, down = axis.used(left, left + image.width), axis.used(top, top + image.height)
+    # Rows of the square from which the blocks are made, and among them those of the picture.
+    begin, end = down[0][1].start, down[-1][1].stop
+    columns = slice(across[0][0].start, across[-1][0].stop)
+    rows = _space("rows", end - begin, 3, columns.stop - columns.start)
+    rows[: top - begin] = rows[top - begin + image.height :] = np.array(color)[:, None]
+    inside = rows[top - begin : top - begin + image.height]
+    _filter_rows(image, left, axis, across, color, inside)
+    return Shrunk(_filter_columns(rows, begin, axis, down), down[0][0].start, columns.start)
+
+
+def _filter_rows(
+    image: PIL.Image.Image,
+    left: int,
+    axis: _Axis,
+    bands: Bands,
+    color: Color,
+    into: Levels,
+) -> None:
+    """A picture at column `left` of the square -> float32[height, 3, columns]."""
+    # Pillow's own way to lay the colours of a row one after the other.
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
+    lines = lines.reshape(image.height, 3, image.width)
+    begin, end, start = bands[0][1].start, bands[-1][1].stop, bands[0][0].start
+    width = into.shape[2]
+    count = min(image.height, max(32, _TOGETHER // (3 * (end - begin))))
+    before = _space("before", count, 3, end - begin)
+    before[:, :, : left - begin] = np.array(color)[:, None]
+    before[:, :, left - begin + image.width :] = np.array(color)[:, None]
+    sums, space = _space("sums", 3 * count, width), _space("space", 3 * count, width)
+    for row in range(0, image.height, count):
+        part = lines[row : row + count]
+        before[: len(part), :, left - begin : left - begin + image.width] = part
+        flat = before[: len(part)].reshape(3 * len(part), -1)
+        for made, of, weights in bands:
+            np.matmul(
+                flat[:, of.start - begin : of.stop - begin], weights,
+                out=sums[: len(flat), made.start - start : made.stop - start],
+            )  # fmt: skip
+
+        def exact(at: NDArray[np.int64], flat: Levels = flat) -> NDArray[np.int64]:
+            line, place = np.divmod(at, width)
+            place += start
+            of = axis.first[place, None] + np.arange(axis.weights.shape[1]) - begin
+            return axis.exact(place, flat[line[:, None], of])
+
+        rounded = into[row : row + count].reshape(-1, width)
+        _round(sums[: len(flat)], rounded, space[: len(flat)], axis.doubtful, exact)
+
+
+def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Levels:
+    """float32[R, 3, columns], rows of the square from `begin` on -> float32[rows, 3, columns]."""
+    flat, start = rows.reshape(len(rows), -1), bands[0][0].start
+    width = flat.shape[1]
+    sums = _space("sums", bands[-1][0].stop - start, width)
+    for made, of, weights in bands:
+        np.matmul(
+            weights.T, flat[of.start - begin : of.stop - begin],
+            out=sums[made.start - start : made.stop - start],
+        )  # fmt: skip
+
+    def exact(at: NDArray[np.int64]) -> NDArray[np.int64]:
+        place, column = np.divmod(at, width)
+        place += start
+        of = axis.first[place, None] + np.arange(axis.weights.shape[1]) - begin
+        return axis.exact(place, flat[of, column[:, None]])
+
+    rounded = np.empty_like(sums)
+    _round(sums, rounded, _space("space", *sums.shape), axis.doubtful, exact)
+    return rounded.reshape(len(sums), *rows.shape[1:])
+
+
+def _round(
+    sums: Levels,
+    into: Levels,
+    space: Levels,
+    doubtful: np.float32,
+    exact: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+) -> None:
+    """Whole numbers from 0 to 255, as Pillow rounds and cuts off; `exact` says them of places."""
+    np.rint(sums, out=into)
+    np.subtract(sums, into, out=space)
+    np.abs(space, out=space)
+    at = np.flatnonzero(space > doubtful)
+    into.reshape(-1)[at] = exact(at)
+    np.clip(into, 0, 255, out=into)
+
+
+class _Space(threading.local):
+    """Memory for the next picture of the same thread: fresh pages cost as much as the filter."""
+
+    def __call__(self, name: str, *shape: int) -> Levels:
+        """An array of this shape, which holds anything; the next of its name takes its place."""
+        size = math.prod(shape)
+        if size > _KEPT:
+            return np.empty(shape, np.float32)
+        known: Levels | None = self.__dict__.get(name)
+        if known is None or len(known) < size:
+            known = self.__dict__[name] = np.empty(size, np.float32)
+        return known[:size].reshape(shape)
+
+
+_space = _Space()
+
+
+@lru_cache(maxsize=256)
+def _axis(before: int, after: int) -> _Axis:
+    """Pillow's weights (precompute_coeffs and normalize_coeffs_8bpc of Resample.c)."""
+    scale = before / after
+    center = (np.arange(after) + 0.5) * scale
+    first = np.maximum(0, (center - _REACH * scale + 0.5).astype(np.int64))
+    last = np.minimum(before, (center + _REACH * scale + 0.5).astype(np.int64))
+    most = int((last - first).max())
+    places = np.arange(most)
+    shares = _bicubic((places + first[:, None] - center[:, None] + 0.5) * (1.0 / scale))
+    shares[places >= (last - first)[:, None]] = 0.0
+    # One after the other, as the order decides the last bit.
+    total = np.zeros(after)
+    for column in shares.T:
+        total += column
+    shares = shares / total[:, None] * (1 << _BITS)
+    units = np.trunc(shares + np.where(shares < 0, -0.5, 0.5)).astype(np.int64)
+    return _banded(first, units, before)
+
+
+def _bicubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    x, a = np.abs(distance), -0.5
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _banded(first: NDArray[np.int64], units: NDArray[np.int64], before: int) -> _Axis:
+    after, most = units.shape
+    # All have equally many weights, also those at the end: zeros stand before them.
+    begins = np.minimum(first, before - most)
+    weights = np.zeros_like(units)
+    rows, places = np.nonzero(units)
+    weights[rows, places + (first - begins)[rows]] = units[rows, places]
+    bands = []
+    for start in range(0, after, _BLOCK):
+        stop = min(start + _BLOCK, after)
+        begin, end = int(begins[start]), int(begins[stop - 1]) + most
+        band = np.zeros((end - begin, stop - start), np.float32)
+        made = np.arange(start, stop)
+        of = begins[made, None] - begin + np.arange(most)
+        # 22 digits are whole in the 24 of float32.
+        band[of, (made - start)[:, None]] = weights[made] / (1 << _BITS)
+        bands.append((slice(start, stop), slice(begin, end), band))
+    heaviest = np.abs(weights).sum(1).max() / (1 << _BITS)
+    # The bound of a sum in any order: one rounding for each product and addition.
+    error = 255 * heaviest * (most + _SLACK) * _ROUNDING
+    return _Axis(begins, weights, tuple(bands), np.float32(0.5 - error))
+
+
+@cache
+def _as_pillow() -> bool:
+    """Whether the Pillow that is here rounds as these lines do; asked once of a noisy picture."""
+    noise = np.random.default_rng(0).integers(0, 256, (53, 71, 3), dtype=np.uint8)
+    picture, size, color = PIL.Image.fromarray(noise), 17, (122, 116, 104)
+    square = PIL.Image.new("RGB", (71, 71), color)
+    square.paste(picture, (0, 9))
+    small = square.resize((size, size), PIL.Image.Resampling.BICUBIC)
+    expected = np.asarray(small).swapaxes(1, 2)
+    found, top, left = shrink_padded(picture, size, color)
+    rows, _, columns = found.shape
+    return bool(np.array_equal(found, expected[top : top + rows, :, left : left + columns]))
