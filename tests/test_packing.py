@@ -225,6 +225,19 @@ def test_a_packed_picture_is_not_seen_from_the_next_conversation(
         assert torch.equal(first[end:], second[end:])
 
 
+def test_gated_layers_learn_the_same_where_the_loss_is_computed_in_pieces(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lmm, processor = build("llama", "gated_cross_attention", "pad", tokenizer)
+    batch = collate([processor.encode(sample) for sample in samples()], processor.pad_id)
+    whole, expected = loss_and_gradients(lmm, batch)
+    monkeypatch.setattr("pumice.models.language.WHOLE", 0)
+    pieces, found = loss_and_gradients(lmm, batch)
+    assert lmm.language.plain_head
+    assert pieces == pytest.approx(whole, rel=1e-6)
+    assert_close(found, expected)
+
+
 def test_adapters_learn_the_same_from_packed_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     lmm, processor = build("llama", "mlp2x_gelu", "pad", tokenizer)
     add_lora(lmm.language, LoraSpec(r=2, alpha=4.0, dropout=0.0))

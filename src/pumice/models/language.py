@@ -143,12 +143,19 @@ class LanguageModel(nn.Module):
     ) -> torch.Tensor:
         """float[B, T, D], long[K], bool[B, T] with K True -> float[], the summed cross entropy."""
         places: dict[str, Any] = {"position_ids": position_ids, "documents": documents}
-        if len(targets) * self.vocab_size <= WHOLE or not self.has_plain_head():
+        if not self.loss_in_pieces(len(targets)):
             logits = self(inputs_embeds, keep=keep, **places)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
         output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[operator]
         hidden = self(inputs_embeds, keep=keep, head=False, **places)
         return head_loss(hidden, output.weight, output.bias, targets)
+
+    def loss_in_pieces(self, count: int) -> bool:
+        """Whether the loss of so many tokens is computed a piece at a time.
+
+        The first time the model itself is asked, so not while it looks at images.
+        """
+        return count * self.vocab_size > WHOLE and self.has_plain_head()
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -296,6 +296,9 @@ class LMM(nn.Module):
         """
         if features is None and pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values, image_sizes, instruction)
+        if targets is not None:
+            # Before it looks at anything, as the language model is tried on a text of its own.
+            self.language.loss_in_pieces(len(targets))
         with self.looking_at(self.media(input_ids, features, position_ids, documents)):
             embeds = self.embed(input_ids, features)
             if self.always_looks and features is None:
