@@ -42,6 +42,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "train.json"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # Half of the bits of a bfloat16 loss; the two sides round at different places.
 LOSS_TOLERANCE = 3e-2
+# What LLaVA-1.5 gives each GPU.
+BATCH = 16
 # What other shape of the same stage is foretold from the MFU of this one.
 PROJECTED = {"llava15-7b": "llava15-13b"}
 _SMALLEST = Shape((64, 2, 28, 14), (64, 1, 64, 100))
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="widths, depths: a trial run")
     parser.add_argument("--stage", choices=STAGES, default="tune")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch", type=int, default=8, help="conversations of a step")
+    parser.add_argument("--batch", type=int, default=BATCH, help="conversations of a step")
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a packed row")
     parser.add_argument("--checkpointing", help="by default none on a CPU, on a GPU what fits")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="pumice is always among them")
@@ -107,7 +109,8 @@ class Bench:
         """Of the record."""
         a = self.arguments
         scale = "" if a.scale == 1 else f" x {a.scale:g}"
-        return f"{a.shape}{scale} {a.stage} {a.device}"
+        batch = "" if a.batch == BATCH else f" batch {a.batch}"
+        return f"{a.shape}{scale} {a.stage} {a.device}{batch}"
 
     @property
     def sides(self) -> list[str]:
@@ -164,8 +167,11 @@ class Bench:
     def _together(self, names: list[str]) -> dict[str, dict[str, Any]]:
         """Processes that wait for each other, one for each side, round by round."""
         command = [sys.executable, __file__, *sys.argv[1:], "--side"]
-        workers = {name: Worker([*command, name]) for name in names}
-        found = {name: worker.answer() | {"seconds": []} for name, worker in workers.items()}
+        workers, found = {}, {}
+        for name in names:
+            # One after the other: first steps at the same time may need more memory than there is.
+            workers[name] = Worker([*command, name])
+            found[name] = workers[name].answer() | {"seconds": []}
         for number in range(self.arguments.rounds):
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 if "failed" not in found[name]:

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from pumice.models import causal_attention
@@ -101,3 +102,12 @@ def test_the_value_gives_the_type_and_autocast_the_precision() -> None:
     assert lower.dtype == torch.bfloat16
     assert wide.dtype == torch.float32
     assert 1e-4 < float((wide - exact).norm() / exact.norm()) < 6e-3
+
+
+def test_a_simulated_step_leaves_nothing_behind_for_a_real_one() -> None:
+    with FakeTensorMode():
+        causal_attention.attend(*states(300), (300,), 0.125, torch.bfloat16)
+    given = states(300)
+    mixed = causal_attention.attend(*given, (300,), 0.125, torch.float32)
+    expected = by_torch(given, (300,), 0.125)
+    torch.testing.assert_close(mixed.double(), expected, atol=1e-5, rtol=1e-5)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -137,6 +136,8 @@ class _Space:
     def __init__(self, lower: torch.dtype) -> None:
         self.lower = lower
         self.flat: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        # Nothing is to be seen of what comes later.
+        self.hidden = torch.full((_BLOCK, _BLOCK), -math.inf).triu(1)
 
     def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """A tensor of this shape, which holds anything; the next of its name takes its place."""
@@ -169,7 +170,7 @@ def _shares(
     """float32[H, P, Dh] twice -> float32[H, B, K]: how each query shares itself out over keys."""
     scores = space("scores", torch.float32, len(query), stop - start, stop)
     torch.bmm(query[:, start:stop], key[:, :stop].transpose(1, 2), out=scores)
-    scores[:, :, start:] += _above_diagonal()[: stop - start, : stop - start]
+    scores[:, :, start:] += space.hidden[: stop - start, : stop - start]
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -205,9 +206,3 @@ def _places(lengths: Sequence[int]) -> Iterator[slice]:
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     for start in range(0, length, _BLOCK):
         yield start, min(start + _BLOCK, length)
-
-
-@cache
-def _above_diagonal() -> torch.Tensor:
-    """float[B, B]: nothing is to be seen of what comes later."""
-    return torch.full((_BLOCK, _BLOCK), -math.inf).triu(1)
