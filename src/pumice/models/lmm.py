@@ -296,9 +296,6 @@ class LMM(nn.Module):
         """
         if features is None and pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values, image_sizes, instruction)
-        if targets is not None:
-            # Before it looks at anything, as the language model is tried on a text of its own.
-            self.language.loss_in_pieces(len(targets))
         with self.looking_at(self.media(input_ids, features, position_ids, documents)):
             embeds = self.embed(input_ids, features)
             if self.always_looks and features is None:
@@ -320,6 +317,7 @@ class LMM(nn.Module):
         replace the encoding of the batch's pixels.
         """
         keep, targets = _supervised(batch)
+        self.language.loss_in_pieces(len(targets))  # tries a text, so not while it sees images
         loss: torch.Tensor = self._read(batch, features, keep=keep, targets=targets)
         return loss, len(targets)
 
