@@ -33,7 +33,6 @@ _TOGETHER, _KEPT = 2**20, 2**22
 # Of float32, and the additions that round besides those of the weights.
 _ROUNDING, _SLACK = 2.0**-24, 2
 
-
 Bands = tuple[tuple[slice, slice, Levels], ...]
 """Blocks of levels, what they are made of, and the weights, float32[of, levels]."""
 
@@ -112,7 +111,7 @@ def _filter_rows(
     before = _space("before", count, 3, end - begin)
     before[:, :, : left - begin] = np.array(color)[:, None]
     before[:, :, left - begin + image.width :] = np.array(color)[:, None]
-    sums, space = _space("sums", 3 * count, width), _space("space", 3 * count, width)
+    sums = _space("sums", 3 * count, width)
     for row in range(0, image.height, count):
         part = lines[row : row + count]
         before[: len(part), :, left - begin : left - begin + image.width] = part
@@ -130,7 +129,7 @@ def _filter_rows(
             return axis.exact(place, flat[line[:, None], of])
 
         rounded = into[row : row + count].reshape(-1, width)
-        _round(sums[: len(flat)], rounded, space[: len(flat)], axis.doubtful, exact)
+        _round(sums[: len(flat)], rounded, axis.doubtful, exact)
 
 
 def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Levels:
@@ -151,22 +150,23 @@ def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Leve
         return axis.exact(place, flat[of, column[:, None]])
 
     rounded = np.empty_like(sums)
-    _round(sums, rounded, _space("space", *sums.shape), axis.doubtful, exact)
+    _round(sums, rounded, axis.doubtful, exact)
     return rounded.reshape(len(sums), *rows.shape[1:])
 
 
 def _round(
     sums: Levels,
     into: Levels,
-    space: Levels,
     doubtful: np.float32,
     exact: Callable[[NDArray[np.int64]], NDArray[np.int64]],
 ) -> None:
-    """Whole numbers from 0 to 255, as Pillow rounds and cuts off; `exact` says them of places."""
+    """Whole numbers from 0 to 255, as Pillow rounds and cuts off; `exact` says them of places.
+
+    What is left of `sums` is how far they lay from whole numbers.
+    """
     np.rint(sums, out=into)
-    np.subtract(sums, into, out=space)
-    np.abs(space, out=space)
-    at = np.flatnonzero(space > doubtful)
+    sums -= into
+    at = np.flatnonzero(np.abs(sums, out=sums) > doubtful)
     into.reshape(-1)[at] = exact(at)
     np.clip(into, 0, 255, out=into)
 
