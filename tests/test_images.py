@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngImageFile
 
 from pumice.core.errors import DataError
-from pumice.core.images import image_size, open_image
+from pumice.core.images import image_header, image_size, open_image
 from tiny import smooth as picture
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "images"
@@ -262,6 +265,47 @@ def test_pillows_own_limit_neither_warns_nor_decides(monkeypatch: pytest.MonkeyP
         assert open_image(encoded(picture(30, 20), "PNG")).size == (30, 20)
         assert open_image(encoded(picture(11, 10), "GIF")).size == (11, 10)
     assert PIL.Image.MAX_IMAGE_PIXELS == 100
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("source", ["bytes", "path"])
+def test_the_header_of_a_png_is_read_without_its_pixels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(picture(30, 20), "PNG")
+    late = plain[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + plain[-12:]
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="8"/>'
+    told = plain[:-12] + chunk(b"iTXt", xmp) + plain[-12:]
+    for data, turned in ((plain, 1), (late, 6), (told, 8)):
+        size = (30, 20) if turned == 1 else (20, 30)
+        (tmp_path / "a.png").write_bytes(data)
+        given = data if source == "bytes" else tmp_path / "a.png"
+        assert open_image(given).size == size
+        with monkeypatch.context() as patch:
+            patch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+            assert image_size(given) == size
+            assert image_header(given).orientation == turned
+
+
+@pytest.mark.parametrize("kind", ["ICO", "ICNS"])
+def test_an_icon_cannot_hide_a_bomb(kind: str) -> None:
+    bomb = encoded(PIL.Image.new("1", (14_000, 14_000)), "PNG")
+    if kind == "ICO":
+        entry = struct.pack("<BBBBHHII", 32, 32, 0, 0, 1, 32, len(bomb), 22)
+        data = struct.pack("<HHH", 0, 1, 1) + entry + bomb
+    else:
+        inner = b"ic07" + struct.pack(">I", 8 + len(bomb)) + bomb
+        data = b"icns" + struct.pack(">I", 8 + len(inner)) + inner
+    assert "196000000 pixels" in refused(data)
+
+
+def test_a_postscript_program_is_not_run() -> None:
+    assert "PostScript" in refused(encoded(picture(), "EPS"))
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:

@@ -7,12 +7,13 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
+from PIL.PngImagePlugin import PngImageFile
 
 from pumice.core.errors import DataError
 from pumice.core.log import get_logger
@@ -47,9 +48,16 @@ _DAMAGE = (
     RuntimeError,
     struct.error,
     zlib.error,
+    PIL.Image.DecompressionBombError,
 )
 _REMEDY = "Restore or download the file again, or leave it out."
 _pillow_limit = threading.Lock()
+# The pictures inside are as large as they say themselves, whatever the icon's own header says, and
+# one of an ICO is decoded when the file is opened. Only Pillow's own limit bounds them.
+_ICONS = ("ICO", "ICNS")
+_ICO = b"\0\0\1\0"
+# Chunks of a PNG that hold pixels.
+_PIXELS = (b"IDAT", b"fdAT")
 
 
 def open_image(
@@ -96,10 +104,11 @@ def image_header(source: Path | bytes, *, where: str = "") -> ImageHeader:
     name = _name(source)
     with _opened(source, name, where) as file:
         image = _identify(file, name, where)
+        orientation = _header_orientation(image, file)
         return ImageHeader(
-            _upright_size(image),
+            _turned(image, orientation),
             image.mode,
-            _orientation(image),
+            orientation,
             image.has_transparency_data,
             str(image.format),
         )
@@ -108,10 +117,8 @@ def image_header(source: Path | bytes, *, where: str = "") -> ImageHeader:
 def image_size(source: ImageSource, *, where: str = "") -> tuple[int, int]:
     """Width and height of the upright picture; only the header is read."""
     if isinstance(source, PIL.Image.Image):
-        return _upright_size(source)
-    name = _name(source)
-    with _opened(source, name, where) as file:
-        return _upright_size(_identify(file, name, where))
+        return _turned(source, _orientation(source))
+    return image_header(source, where=where).size
 
 
 def _name(source: ImageSource) -> str:
@@ -154,11 +161,14 @@ def _identify(file: BinaryIO, name: str, where: str) -> PIL.Image.Image:
     """Reads the header."""
     # Pillow compares every header with a limit of its own and warns or raises; ours is checked by
     # the caller, with both numbers. The limit is a global of Pillow's, hence the lock.
+    is_icon = file.read(len(_ICO)) == _ICO
+    file.seek(0)
     with _pillow_limit:
         kept = PIL.Image.MAX_IMAGE_PIXELS
-        PIL.Image.MAX_IMAGE_PIXELS = None
+        # Pillow refuses what is over twice its limit.
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2 if is_icon else None
         try:
-            return PIL.Image.open(file)
+            image = PIL.Image.open(file)
         except PIL.UnidentifiedImageError as error:
             file.seek(0)
             what = f"is not an image that can be read{_looks_like(file.read(512))}"
@@ -168,6 +178,11 @@ def _identify(file: BinaryIO, name: str, where: str) -> PIL.Image.Image:
             raise _error(where, name, f"has a damaged header ({error})") from error
         finally:
             PIL.Image.MAX_IMAGE_PIXELS = kept
+    if image.format == "EPS":
+        # Pillow would have Ghostscript run it, for whoever sends it.
+        what = "is a PostScript drawing, which is a program, and none is run"
+        raise _error(where, name, what, "Draw it into a PNG first.")
+    return image
 
 
 def _looks_like(head: bytes) -> str:
@@ -212,7 +227,8 @@ def _decode(
     image: PIL.Image.Image, name: str, where: str, transparency: Transparency
 ) -> PIL.Image.Image:
     try:
-        image.load()
+        with _pillow_limit if image.format in _ICONS else nullcontext():
+            image.load()
     except _DAMAGE as error:
         raise _error(where, name, f"is truncated or damaged ({error})") from error
     # After load(), because Pillow turns TIFF pictures upright while it loads them.
@@ -237,10 +253,39 @@ def _orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+def _header_orientation(image: PIL.Image.Image, file: BinaryIO) -> int:
+    """The orientation of a picture that is not decoded yet, read from `file`."""
+    if image.format != "PNG" or "exif" in image.info:
+        return _orientation(image)
+    # Pillow would decode a whole PNG to read what stands behind its pixels, and so would a
+    # decompression bomb be set off by a look at its header.
+    try:
+        rest = PngImageFile(_without_pixels(file))
+        return int(PIL.Image.Image.getexif(rest).get(_ORIENTATION, 1))
+    except _DAMAGE as error:
+        log.debug("PNG data that cannot be read (%s); the picture is taken as upright", error)
+        return 1
+
+
+def _without_pixels(file: BinaryIO) -> BinaryIO:
+    """A PNG file's chunks but those with pixels."""
+    file.seek(0)
+    kept = bytearray(file.read(8))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in _PIXELS:
+            file.seek(length + 4, io.SEEK_CUR)
+        else:
+            kept += head + file.read(length + 4)
+        if kind == b"IEND":
+            break
+    return io.BytesIO(kept)
+
+
+def _turned(image: PIL.Image.Image, orientation: int) -> tuple[int, int]:
     width, height = image.size
     # Pillow gives the upright size of a TIFF picture already in its header.
-    if image.format != "TIFF" and _orientation(image) >= 5:
+    if image.format != "TIFF" and orientation >= 5:
         return height, width
     return width, height
 
