@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -234,7 +235,13 @@ def test_a_lost_reply_counts_as_the_most_it_can_cost(tmp_path: Path) -> None:
 def test_a_cap_needs_prices_and_settings_make_sense() -> None:
     with pytest.raises(PumiceError, match="needs prices"):
         LLMClient(endpoint("http://x/v1"), cost_cap=1.0)
-    for wrong in ({"url": "x/v1"}, {"concurrency": 0}, {"timeout": 0}, {"per_minute": 0}):
+    for cap in (-1.0, math.nan, math.inf):
+        with pytest.raises(PumiceError, match="a number from 0"):
+            LLMClient(endpoint("http://x/v1"), prices=PRICES, cost_cap=cap)
+    for wrong in (
+        {"url": "x/v1"}, {"concurrency": 0}, {"timeout": 0}, {"timeout": math.nan},
+        {"per_minute": 0}, {"per_minute": math.nan},
+    ):  # fmt: skip
         with pytest.raises(PumiceError, match="given|must"):
             endpoint(**{"url": "http://x/v1"} | wrong)
     with pytest.raises(PumiceError, match="a price is negative"):

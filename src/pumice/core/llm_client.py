@@ -6,6 +6,7 @@ within a rate and a budget; what fails in passing is asked again; every reply is
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -56,7 +57,7 @@ class Endpoint:
                 f"the endpoint is {self.url!r}; it must start with http:// or https://, as "
                 f"https://host/v1."
             )
-        if self.concurrency < 1 or self.attempts < 1 or self.timeout <= 0:
+        if self.concurrency < 1 or self.attempts < 1 or not 0 < self.timeout < math.inf:
             raise PumiceError(
                 f"concurrency and attempts must be at least 1 and the time-out above 0; given "
                 f"{self.concurrency}, {self.attempts} and {self.timeout}."
@@ -92,6 +93,11 @@ class LLMClient:
             raise PumiceError(
                 f"a cost cap of {cost_cap:g} needs prices; give what a million prompt and "
                 f"completion tokens cost, or leave the cap out."
+            )
+        # Nothing is more than "nan", so it would be no cap at all.
+        if cost_cap is not None and not 0 <= cost_cap < math.inf:
+            raise PumiceError(
+                f"the cost cap is {cost_cap:g}; a number from 0 is needed. Leave it out for no cap."
             )
         if mode == "replay" and (cache is None or not cache.is_file()):
             raise PumiceError(f"a replay needs a file of recorded replies; {cache} is none.")
