@@ -87,6 +87,8 @@ def test_a_later_override_wins_and_a_null_section_can_be_filled() -> None:
         ("stages.tune.train.language=fast", ["stages.tune.train.language ", "must be a number"]),
         ("stages.tune.steps=2.5", ["stages.tune.steps ", "must be a whole number"]),
         ("stages.tune.steps=true", ["stages.tune.steps ", "must be a whole number"]),
+        ("stages.tune.clip=.nan", ["stages.tune.clip ", "must be a finite number"]),
+        ("stages.tune.weight_decay=.inf", ["stages.tune.weight_decay ", "a finite number"]),
         ("world.images=0", ["world.images ", "must be greater than 0"]),
         ("stages.tune.epochs=1", ["stages.tune", "exactly one of the two"]),
         ("stages.tune.data=[]", ["stages.tune.data ", "at least 1 item"]),

@@ -138,7 +138,7 @@ class Stage(Section):
     batch_size: PositiveInt
     warmup: Fraction = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     clip: PositiveFloat | None = 1.0
     max_tokens: PositiveInt = 2048
     group_by_length: bool = False
