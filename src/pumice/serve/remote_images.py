@@ -11,7 +11,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from pumice.core.errors import DataError
@@ -97,29 +100,58 @@ def _get(url: str, parts: SplitResult, max_bytes: int, deadline: float) -> bytes
     connection = http.client.HTTPConnection(host, port, timeout=left)
     try:
         raw = socket.create_connection((_public_address(host, port), port), timeout=left)
-        connection.sock = (
-            ssl.create_default_context().wrap_socket(raw, server_hostname=host) if secure else raw
-        )
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "pumice"})
-        response = connection.getresponse()
-        if response.status in _MOVED:
-            return response.headers.get("Location", "")
-        if response.status != 200:
-            raise DataError(f"the image {url[:80]!r} answers with HTTP {response.status}.")
-        return _read(url, response, max_bytes, deadline)
+        with _cut_off(raw, deadline):
+            connection.sock = (
+                ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+                if secure
+                else raw
+            )
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "pumice"})
+            response = connection.getresponse()
+            if response.status in _MOVED:
+                return response.headers.get("Location", "")
+            if response.status != 200:
+                raise DataError(f"the image {url[:80]!r} answers with HTTP {response.status}.")
+            return _read(url, response, max_bytes, deadline)
+    except DataError:
+        raise
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if time.monotonic() > deadline:
+            raise DataError(f"the image {url[:80]!r} took too long to fetch.") from error
         raise DataError(f"the image {url[:80]!r} cannot be fetched: {error}.") from error
     finally:
         connection.close()
 
 
+@contextmanager
+def _cut_off(connected: socket.socket, deadline: float) -> Iterator[None]:
+    """Shuts a connection down at the deadline.
+
+    Its own timeout begins anew with every byte, so that a drip of them would never end.
+    """
+    with connected.dup() as same:  # wrapping in TLS takes the socket itself away
+
+        def shut() -> None:
+            with suppress(OSError):
+                same.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
 def _read(url: str, response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    """The body; after the deadline, when it may have been cut off, TimeoutError."""
     body = bytearray()
     while chunk := response.read1(_CHUNK):
         body += chunk
         if len(body) > max_bytes:
             raise DataError(f"the image {url[:80]!r} has more than {max_bytes} bytes.")
-        if time.monotonic() > deadline:
-            raise DataError(f"the image {url[:80]!r} took too long to fetch.")
+    if time.monotonic() > deadline:
+        raise TimeoutError("its end is missing")
     return bytes(body)
