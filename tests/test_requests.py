@@ -40,13 +40,27 @@ def test_chat_messages(tmp_path: Path) -> None:
     assert chat_messages(talk, images_dir=None)[0] == Message("system", (TextPart("x"),))
 
 
+def test_data_uris_as_browsers_read_them() -> None:
+    plain = data_uri(picture(0))
+    data = plain.partition(",")[2]
+    lines = "\n".join(data[at : at + 76] for at in range(0, len(data), 76)) + "\n"
+    for uri in (f"DATA:image/png;base64,{data}", f"data:;Base64,{data}", f"data:;base64,{lines}"):
+        read, wanted = (
+            chat_messages([{"role": "user", "content": [part]}], images_dir=None)
+            for part in ({"type": "image_url", "image_url": given} for given in (uri, plain))
+        )
+        assert read == wanted
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (5, "content is 5"),
         ([{"type": "audio"}], "type 'audio'; allowed: text, image_url"),
         ([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}], "web address"),
+        ([{"type": "image_url", "image_url": {"url": "HTTPS://x/y.png"}}], "web address"),
         ([{"type": "image_url", "image_url": {"url": "y.png"}}], "only data URIs"),
+        ([{"type": "image_url", "image_url": {"url": "ftp://x/y.png"}}], "is no data URI"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}], "base64"),
         ([{"type": "text"}], "text is None"),
     ],

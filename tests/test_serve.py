@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,7 +186,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "both lengths": ({"messages": messages(), "max_tokens": 3, "max_completion_tokens": 4}, "give"),
     "many choices": ({"messages": messages(), "n": 99}, "n:"),
     "stream options": ({"messages": messages(), "stream_options": {}}, "stream"),
-    "many stops": ({"messages": messages(), "stop": ["x"] * 17}, "stop"),
+    "many stops": ({"messages": messages(), "stop": ["x"] * 17}, "stop: List should have at most"),
+    "odd stop": ({"messages": messages(), "stop": ["x", 5]}, "stop.1: Input should be a valid str"),
+    "no stop": ({"messages": messages(), "stop": 5}, "stop: a string or a list of strings"),
+    "long name": ({"messages": messages(), "x" * 9000: 5}, f"{'x' * 200}…: no such field"),
     "empty stop": ({"messages": messages(), "stop": ""}, "stop"),
     "message": ({"messages": ["hello"]}, "messages.0"),
     "message field": ({"messages": [{"role": "user", "content": "x", "name": "Eve"}]}, "name"),
@@ -227,6 +231,29 @@ def test_bad_requests_are_told_what_is_wrong(running: Running, name: str) -> Non
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error" and said in error["message"]
+    # Whatever field is to blame is named for programs, too, and nothing long comes back.
+    assert error["param"] and len(answer.text) < 800
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"messages": ', "Expecting value at character 13"),
+        (b'{"messages": "h\xe9"}', "utf-8"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_what_is_no_json_is_told_with_its_cause(
+    running: Running, content: bytes, said: str
+) -> None:
+    answer = running.http.post(
+        "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith("the body must be a JSON object") and error["param"] is None
+    assert said in error["message"]
 
 
 def test_detail_is_what_the_recipe_can_show(
@@ -447,8 +474,16 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.Monkey
         "/good": "HTTP/1.1 200 OK\r\n\r\nimage",
         "/gone": "HTTP/1.1 404 Not Found\r\n\r\n",
     }
+    # One sign at a time, each soon enough for a timeout of the connection alone.
+    drip = {"/slow": "HTTP/1.1 200 OK\r\nX: ", "/slow-body": "HTTP/1.1 200 OK\r\n\r\n"}
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connect = socket.create_connection
+
+        def slowly(client: socket.socket, path: str) -> None:
+            client.sendall(drip[path].encode())
+            for _ in range(100):
+                client.sendall(b"x")
+                time.sleep(0.1)
 
         def serve() -> None:
             while True:
@@ -458,7 +493,10 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.Monkey
                     return
                 with client:
                     path = client.recv(4096).split()[1].decode()
-                    client.sendall(answers[path].encode())
+                    with suppress(OSError):
+                        slowly(client, path) if path in drip else client.sendall(
+                            answers[path].encode()
+                        )
 
         threading.Thread(target=serve, daemon=True).start()
         port = listener.getsockname()[1]
@@ -466,10 +504,10 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.Monkey
         monkeypatch.setattr(socket, "create_connection",
                             lambda address, **k: connect(("127.0.0.1", port), **k))  # fmt: skip
 
-        def fetch(path: str) -> bytes:
+        def fetch(path: str, seconds: float = 5) -> bytes:
             return remote_images.fetch_image(
                 f"http://pictures.test{path}", frozenset({"pictures.test"}), max_bytes=1000,
-                seconds=5,
+                seconds=seconds,
             )  # fmt: skip
 
         assert fetch("/good") == b"image"
@@ -478,3 +516,8 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.Monkey
         for path, said in refused.items():
             with pytest.raises(DataError, match=said):
                 fetch(path)
+        for path in drip:
+            start = time.monotonic()
+            with pytest.raises(DataError, match="too long"):
+                fetch(path, seconds=0.5)
+            assert time.monotonic() - start < 3

@@ -117,9 +117,10 @@ def _in_llava_order(parts: Sequence[Part]) -> tuple[Part, ...]:
 def _image(source: Any, images_dir: Path | None, where: str) -> Path | bytes:
     if not isinstance(source, str) or not source:
         raise _error(where, f"an image is {source!r}; a data URI or a file name is needed")
-    if source.startswith("data:"):
+    scheme = source[:8].lower()  # addresses begin in either case
+    if scheme.startswith("data:"):
         return _data_uri(source, where)
-    if source.startswith(("http://", "https://")):
+    if scheme.startswith(("http://", "https://")):
         raise _error(
             where,
             f"the image {source[:80]} is a web address, and nothing is fetched from the network; "
@@ -127,7 +128,9 @@ def _image(source: Any, images_dir: Path | None, where: str) -> Path | bytes:
         )
     if images_dir is None:
         raise _error(
-            where, f"the image {source[:80]!r} is a file name; only data URIs are allowed here"
+            where,
+            f"the image {source[:80]!r} is no data URI, and only data URIs are allowed here "
+            f"(data:image/png;base64,...)",
         )
     return images_dir / source.removeprefix("file://")
 
@@ -136,10 +139,11 @@ def _data_uri(source: str, where: str) -> bytes:
     head, comma, body = source.partition(",")
     if not comma:
         raise _error(where, f"the data URI {head[:40]!r} has no comma before its data")
-    if not head.endswith(";base64"):
+    if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     try:
-        return base64.b64decode(body, validate=True)
+        # Line breaks are what the command base64 writes, and browsers pass over them.
+        return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _error(where, f"the data URI {head[:40]!r} is not valid base64: {error}") from error
 

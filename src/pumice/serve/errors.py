@@ -24,6 +24,14 @@ _TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
+_NO_JSON = "the body must be a JSON object, sent with Content-Type: application/json"
+_LONGEST = 200
+# Where Pydantic speaks to programmers.
+_SAID = {
+    "extra_forbidden": "no such field is known here; leave it out",
+    "missing": "this field is needed",
+    "model_attributes_type": "an object is needed",
+}
 
 
 class Fault(BaseModel):
@@ -82,10 +90,14 @@ async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
-    """An unknown path or method."""
+    """An unknown path or method, or a body that is no JSON for another reason than its signs."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    response = ApiError(error.status_code, message).response()
+    if error.status_code == 400 and error.__cause__ is not None:
+        # What FastAPI says of a body that it cannot parse leaves the cause out.
+        response = ApiError(400, f"{_NO_JSON} ({_short(str(error.__cause__))})").response()
+    else:
+        message = f"{request.method} {_short(request.url.path)}: {error.detail}"
+        response = ApiError(error.status_code, message).response()
     response.headers.update(error.headers or {})
     return response
 
@@ -94,12 +106,20 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not what the path takes; the first fault is told, with its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    said = _SAID.get(first["type"], str(first["msg"]).removeprefix("Value error, "))
+    if first["type"] == "json_invalid":
+        at = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return ApiError(400, f"{_NO_JSON} ({at})").response()
     steps = [str(step) for step in first["loc"] if step not in ("body", "query")]
-    place = ".".join(step for step in steps if not step.startswith(TAG))
+    place = _short(".".join(step for step in steps if not step.startswith(TAG)))
     if not place and not isinstance(first.get("input"), dict):
-        what = "the body must be a JSON object, sent with Content-Type: application/json"
-        return ApiError(400, f"{what} ({first['msg']})").response()
+        return ApiError(400, f"{_NO_JSON} ({said})").response()
     given = f" (given: {first['input']!r:.80})" if place and "input" in first else ""
-    said = str(first["msg"]).removeprefix("Value error, ")
     what = said if not place else f"{place}: {said}{given}"
-    return ApiError(400, what, param=place or None).response()
+    param = place or first.get("ctx", {}).get("param")
+    return ApiError(400, what, param=param).response()
+
+
+def _short(text: str) -> str:
+    """A client's own words, not sent back at any length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -64,7 +64,7 @@ def _row(message: ChatMessage) -> dict[str, Any]:
 def _fetch(image: ImageUrl, limits: Limits) -> None:
     """Puts the bytes of a web address into its place, as a data URI."""
     url = image.url
-    if not url.startswith(("http:", "https:")):
+    if not url[:6].lower().startswith(("http:", "https:")):
         return
     if not limits.image_hosts:
         raise DataError(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from pumice.core.types import Sampling
 from pumice.serve.messages import ChatMessage
@@ -17,6 +18,23 @@ MAX_CHOICES = 8
 # Each of them is looked for at every token.
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 MAX_STOPS = 16
+
+
+def _stops_tag(stops: Any) -> str | None:
+    if isinstance(stops, str):
+        return "(string)"
+    return "(list)" if isinstance(stops, list) else None
+
+
+Stops = Annotated[
+    Annotated[Stop, Tag("(string)")]
+    | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("(list)")],
+    Discriminator(
+        _stops_tag,
+        custom_error_type="stop",
+        custom_error_message="a string or a list of strings is needed",
+    ),
+]
 # The tokens of each are looked up when its request comes.
 Choice = Annotated[str, Field(min_length=1, max_length=1000)]
 Choices = Annotated[list[Choice], Field(min_length=1, max_length=256)]
@@ -40,6 +58,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
 }
+
+
+def fault(param: str, message: str) -> PydanticCustomError:
+    """What is wrong about one field beside others."""
+    return PydanticCustomError("fault", "{message}", {"message": message, "param": param})
 
 
 _INSTEAD = {
@@ -77,7 +100,7 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     seed: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -94,7 +117,7 @@ class ChatRequest(BaseModel):
         for name, neutral in _NEUTRAL.items():
             if name in data and data[name] not in neutral:
                 instead = _INSTEAD.get(name, "leave it out")
-                raise ValueError(f"{name} is not supported here; {instead}")
+                raise fault(name, f"{name} is not supported here; {instead}")
         return {
             name: value
             for name, value in data.items()
@@ -104,15 +127,18 @@ class ChatRequest(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            what = "max_tokens and max_completion_tokens differ; give one of them"
+            raise fault("max_tokens", what)
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise fault("top_logprobs", "top_logprobs needs logprobs: true")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise fault("stream_options", "stream_options needs stream: true")
         if self.structured_outputs and self.guided_choice:
-            raise ValueError("structured_outputs and guided_choice are both given; give one")
+            what = "structured_outputs and guided_choice are both given; give one"
+            raise fault("guided_choice", what)
         if self.choices and self.stop:
-            raise ValueError("stop ends no answer that is one of a list of choices; leave it out")
+            what = "stop ends no answer that is one of a list of choices; leave it out"
+            raise fault("stop", what)
         return self
 
     @property
