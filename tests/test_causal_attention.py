@@ -111,3 +111,23 @@ def test_a_simulated_step_leaves_nothing_behind_for_a_real_one() -> None:
     mixed = causal_attention.attend(*given, (300,), 0.125, torch.float32)
     expected = by_torch(given, (300,), 0.125)
     torch.testing.assert_close(mixed.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_a_batch_without_documents_are_all_attended_to() -> None:
+    """As validation reads its rows after a packed step."""
+    first, second = states(300), states(301)
+    given = [torch.cat([a, b[:, :, :300]]).detach() for a, b in zip(first, second, strict=True)]
+    mixed, _ = document_attention(torch.nn.Module(), *given, None)
+    expected = F.scaled_dot_product_attention(*given, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 50}, {"softcap": 20.0}])
+@pytest.mark.parametrize("new", [1, 3, 200])
+def test_behind_a_cache_the_last_positions_are_those_of_the_whole(
+    more: dict[str, Any], new: int
+) -> None:
+    query, key, value = (x.detach() for x in states(300))
+    whole, _ = document_attention(torch.nn.Module(), query, key, value, None, **more)
+    last, _ = document_attention(torch.nn.Module(), query[:, :, -new:], key, value, None, **more)
+    torch.testing.assert_close(last, whole[:, -new:], atol=1e-5, rtol=1e-5)

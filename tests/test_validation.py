@@ -14,6 +14,7 @@ import tiny
 from pumice.core.errors import PumiceError
 from pumice.core.shipped import SHIPPED_DIR
 from pumice.data.held_out import split_sources
+from pumice.data.packing import Packing
 from pumice.data.sources import LlavaJson
 from pumice.models.checkpoint import load_lmm
 from pumice.models.lmm import LMM
@@ -130,6 +131,21 @@ def test_looking_changes_nothing_and_a_resumed_run_looks_the_same(
     record = json.loads((whole / "training.json").read_text())["validation"]
     assert record["step"] == 6 and len(record["probe"]) == 1 and record["rows"] == 4
     assert record["probe"][0]["wanted"]
+
+
+def test_a_packed_stage_looks_as_an_unpacked_one_does(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its decoder attends by documents, and is asked in batches and word after word."""
+    # In bfloat16 the likeliest of random words would be a matter of rounding.
+    monkeypatch.setattr("pumice.train.parallel.mixed_precision_pays", lambda: False)
+    spec = dataclasses.replace(spec, steps=1, train={"connector": 1e-7})
+    run_stage(spec, tmp_path / "alone")
+    run_stage(dataclasses.replace(spec, packing=Packing(2048)), tmp_path / "packed")
+    [(_, alone)], [(_, packed)] = looks(tmp_path / "alone"), looks(tmp_path / "packed")
+    assert len(alone["probe"][0]["said"]) > 1
+    assert packed["probe"] == alone["probe"]
+    assert packed["loss"] == pytest.approx(alone["loss"], abs=1e-4)
 
 
 def test_what_a_gap_is() -> None:

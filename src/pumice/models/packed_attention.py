@@ -58,8 +58,9 @@ def document_attention(
 ) -> tuple[torch.Tensor, None]:
     """float[1, H, T, Dh], twice float[1, Hk, T, Dh] -> float[1, T, H, Dh], causal in each document.
 
-    `documents` are their lengths, T in all; without them each row is one document. Called by
-    transformers, with what the family needs: a window, a cap of the scores, a sink for each head.
+    `documents` are their lengths, T in all; without them each of B rows is one document, whose
+    first positions may be keys and values of a cache alone. Called by transformers, with what the
+    family needs: a window, a cap of the scores, a sink for each head.
     """
     if attention_mask is not None or rest.get("position_bias") is not None:
         raise PumiceError(
@@ -71,8 +72,10 @@ def document_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     lengths = [query.shape[2]] if documents is None else documents.lengths
-    plain = softcap is None and s_aux is None
-    if sliding_window is not None and sliding_window >= max(lengths):
+    # Behind a cache stand the next words of an answer, as validation asks for them.
+    of_keys = [key.shape[2]] if documents is None else documents.lengths
+    plain = softcap is None and s_aux is None and of_keys == lengths
+    if sliding_window is not None and sliding_window >= max(of_keys):
         sliding_window = None
     if plain and sliding_window is None and causal_attention.pays(query, lengths, dropout):
         lower = _lower_precision("cpu") or torch.float32
@@ -80,7 +83,8 @@ def document_attention(
     query, key, value = _in_one_precision(query, key, value)
     mixed = []
     with torch.autocast(query.device.type, enabled=False):
-        for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
+        parts = [torch.split(key, of_keys, 2), torch.split(value, of_keys, 2)]
+        for q, k, v in zip(torch.split(query, lengths, 2), *parts, strict=True):
             if plain and (sliding_window is None or q.shape[2] <= sliding_window):
                 mixed.append(
                     F.scaled_dot_product_attention(
@@ -116,13 +120,18 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """float[1, H, S, Dh] three times, the query scaled -> float[1, H, S, Dh]: one document."""
-    length, mixed = query.shape[2], []
+    """float[B, H, T, Dh], the last of a document and scaled, twice float[B, H, S, Dh] -> as query.
+
+    Each of B rows is one document of S positions.
+    """
+    length, mixed = key.shape[2], []
     places = torch.arange(length, device=query.device)
-    for first in range(0, length, _BLOCK):
+    before = length - query.shape[2]
+    for first in range(before, length, _BLOCK):
         last = min(first + _BLOCK, length)
         start = 0 if window is None else max(0, first - window + 1)
-        scores = query[:, :, first:last] @ key[:, :, start:last].transpose(-1, -2)
+        asking = query[:, :, first - before : last - before]
+        scores = asking @ key[:, :, start:last].transpose(-1, -2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         distance = places[first:last, None] - places[None, start:last]
