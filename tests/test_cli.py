@@ -102,6 +102,9 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
         (("score", "pop", "--data", "x", "--answers", "y"), "Did you mean 'pope'?"),
         (("generate", "{root}/model", "--requests", "no.jsonl", "--out", "y"), "no.jsonl"),
         (("generate", "{root}/model", "--requests", ".", "--out", "y"), "Is a directory"),
+        # With a model that is not there, so that none of them would serve.
+        (("serve", "pockte", "--port", "0", "--api-key", ""), "an empty key"),
+        (("serve", "pockte", "--port", "0", "--image-host", "https://a.b/"), "the name alone"),
     ],
 )
 def test_a_wrong_input_is_one_clear_block(
@@ -131,6 +134,12 @@ def test_an_unknown_command_or_option(run: Run) -> None:
     assert run("rnu")[0] == 2
     code, out, err = run("ask", "pocket", "hi", "--imag", "x")
     assert (code, out) == (2, "") and "--image" in err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_a_server_has_time_to_answer(run: Run, seconds: str) -> None:
+    code, _, err = run("serve", "pockte", "--port", "0", "--timeout", seconds)
+    assert code == 2 and "--timeout" in err and "0.1" in err
 
 
 def test_a_place_that_cannot_be_written(root: Path, tmp_path: Path, run: Run) -> None:

@@ -335,6 +335,7 @@ def test_a_client_that_leaves_frees_its_place(running: Running, stream: bool) ->
 
 def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
     http = running.http
+    assert running.post(messages=messages(text="x"), max_tokens=1).status_code == 200
     assert http.get("/health").json()["status"] == "ok"
     text = http.get("/metrics").text
     for name in ("pumice_engine_new_tokens_total", "pumice_engine_reused_tokens_total",
@@ -351,7 +352,13 @@ def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
     plan = open_to_all.get("/page/image-plan", params={"width": 30, "height": 20}).json()
     assert plan == {"image_tokens": 36, "mode": "pad", "view": 96, "plan": None}
     for path in ("/metrics", "/v1/models"):
-        assert open_to_all.get(path).status_code == 401
+        refused = open_to_all.get(path)
+        assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+    for given, status in {f"bearer {KEY}": 200, f"Basic {KEY}": 401, KEY: 401}.items():
+        headers = {"Authorization": given}
+        assert open_to_all.get("/v1/models", headers=headers).status_code == status
+    for path in ("/", "/health"):
+        assert open_to_all.head(path).status_code == 200
 
 
 def test_no_room_is_429_and_a_slow_answer_504(model: Model) -> None:

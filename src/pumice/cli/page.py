@@ -9,7 +9,7 @@ import typer
 from pumice.cli.endpoint import is_url, open_endpoint
 from pumice.cli.options import HostOption, PortOption, example
 from pumice.cli.output import note
-from pumice.cli.serve import address, check_installed
+from pumice.cli.serve import address, check_installed, own_key
 from pumice.core.errors import PumiceError
 
 
@@ -33,7 +33,9 @@ def page(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=16, help="Longest answer to ask for.")
     ] = 1024,
-    timeout: Annotated[float, typer.Option(help="Seconds without a byte of an answer.")] = 300.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without a byte of an answer.")
+    ] = 300.0,
 ) -> None:
     """Show the page for a model behind an OpenAI-compatible address, such as vLLM's or SGLang's.
 
@@ -45,6 +47,7 @@ def page(
             f"{url!r} is no address; give one as http://host/v1. A model here is served, page and "
             f"all, by: pumice serve {url}."
         )
+    key = own_key(api_key)
     check_installed("fastapi", "uvicorn")
     from pumice.core.llm_client import LLMClient
     from pumice.infer.remote import choose_model
@@ -58,4 +61,4 @@ def page(
             name = choose_model(client, api_model)
         limits = Limits(max_new_tokens=max_new_tokens)
         note(f"{name} of {url}: {address(host, listener)} (page)")
-        run(Forwarder(endpoint, name, limits=limits, api_key=api_key), listener)
+        run(Forwarder(endpoint, name, limits=limits, api_key=key), listener)

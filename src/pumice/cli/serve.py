@@ -52,7 +52,9 @@ class LimitOptions:
         int | None, _option("--max-waiting-tokens", "Positions that may wait; others get 429.", 1)
     ] = None
     max_new_tokens: Annotated[int, _option("--max-new-tokens", "Longest answer.", 1)] = 1024
-    seconds: Annotated[float, typer.Option("--timeout", help="Longest request, seconds.")] = 300.0
+    seconds: Annotated[
+        float, typer.Option("--timeout", min=0.1, help="Longest request, seconds.")
+    ] = 300.0
     max_images: Annotated[int, _option("--max-images", "Images of a request.", 0)] = 16
     max_image_mib: Annotated[int, _option("--max-image-mib", "MiB of an image's file.", 1)] = 20
     max_pixels: Annotated[int, _option("--max-pixels", "Pixels of an image.", 1)] = 100_000_000
@@ -99,22 +101,42 @@ def serve(
     from pumice.serve.run import listen, run
     from pumice.serve.server import Server
 
+    key = own_key(api_key) or os.environ.get(_KEY)
     given = asdict(limiting)
     max_batch, kept = given.pop("max_batch"), given.pop("kept_mib") * MEBIBYTE
     limits = Limits(
         max_image_bytes=given.pop("max_image_mib") * MEBIBYTE,
         max_body_bytes=given.pop("max_body_mib") * MEBIBYTE,
-        image_hosts=frozenset(host.lower() for host in image_hosts or ()),
+        image_hosts=frozenset(_host_name(host) for host in image_hosts or ()),
         **given,
     )
     os.environ.setdefault(*_KERNELS)
     with listen(host, port) as listener:
         called = name or Path(model).resolve().name
         loaded = load(model, max_batch=max_batch, kept_bytes=kept, **asdict(loading))
-        server = Server(loaded, called, limits=limits, api_key=api_key or os.environ.get(_KEY))
+        server = Server(loaded, called, limits=limits, api_key=key)
         url = address(host, listener)
         note(f"{called}: {url} (page), {url}/v1 (OpenAI API)")
         run(server, listener)
+
+
+def own_key(given: str | None) -> str | None:
+    """--api-key as it was given; an empty one would leave open what it was to close."""
+    if given is not None and not given.strip():
+        raise PumiceError(
+            f"--api-key is {given!r}, an empty key, which would let everybody in. Give a key (is "
+            f"the variable it comes from set?), or leave --api-key out."
+        )
+    return given
+
+
+def _host_name(given: str) -> str:
+    if not given or set(given) & set("/@?#: *"):
+        raise PumiceError(
+            f"--image-host {given!r} is no host name. Give the name alone, such as "
+            f"images.example.com; http and https on their own ports are fetched from it."
+        )
+    return given.lower()
 
 
 def address(host: str, listener: socket.socket) -> str:

@@ -73,8 +73,11 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """As an HTTP answer."""
-        again = self.status in (429, 503)
-        headers = {"Retry-After": str(self.retry_after)} if again else None
+        headers = {}
+        if self.status in (429, 503):
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
 
 

@@ -64,8 +64,9 @@ class Guard:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         guarded = self._key is not None and path not in _OPEN and not path.startswith(_OPEN_UNDER)
         if guarded:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(given.strip(), str(self._key).encode())
+            if scheme.lower() != b"bearer" or not right:
                 return ApiError(
                     401,
                     "the API key is missing or wrong; send it as Authorization: Bearer KEY.",

@@ -20,7 +20,7 @@ _OFFERED = ("short", "letter", "detailed")
 
 def add_page(app: FastAPI) -> None:
     """The page on /, and its files under /page/."""
-    app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
     app.mount("/page", StaticFiles(directory=WEB), name="page")
 
 

@@ -237,6 +237,8 @@ class Server:
         add("/v1/models", self.models, methods=["GET"])
         add("/v1/models/{name:path}", self.one_model, methods=["GET"])
         add("/health", self.health, methods=["GET"])
+        # What watches a server often asks so, to be spared the body.
+        add("/health", self.health, methods=["HEAD"], include_in_schema=False)
         add("/metrics", self._metrics, methods=["GET"], response_class=PlainTextResponse)
         add("/page/settings", self.page_settings, methods=["GET"])
         add("/page/image-plan", self.image_plan, methods=["GET"])
