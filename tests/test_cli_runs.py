@@ -138,3 +138,28 @@ def test_run_refuses_before_it_makes_anything(
     args = recipe_args(root, world, out, "world=null", f"data={tmp_path}")
     code, _, err = run(*args, "--resume", "never")
     assert code == 2 and "pretrain.json" in err
+
+
+def test_lines_of_a_stage_that_has_not_begun_may_change(
+    root: Path, world: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "run"
+    few = ("stages.tune.max_tokens=20", "eval=null")
+    code, _, err = run(*recipe_args(root, world, out, *few))
+    assert code == 2 and "are allowed and nothing is cut off" in err
+    aligned = (out / "align" / "model.safetensors").stat().st_mtime_ns
+    # What was wrong with tune is mended, and align need not be trained again.
+    assert run(*recipe_args(root, world, out, "eval=null"))[0] == 0
+    assert (out / "align" / "model.safetensors").stat().st_mtime_ns == aligned
+    assert "max_tokens: 20" not in (out / "recipe.yaml").read_text()
+    code, _, err = run(*recipe_args(root, world, out, *few))
+    assert code == 2 and "was made with another recipe" in err and "--stage tune" in err
+    # That stage alone, anew; the recipe beside it cannot say what was not done.
+    alone = ("--stage", "tune", "--resume", "never")
+    anew = recipe_args(root, world, out, "stages.tune.steps=3", "eval=null")
+    assert run(*anew, *alone)[0] == 0
+    code, _, err = run(*anew, "stages.align.steps=5", *alone)
+    assert code == 2 and "stages.align.steps: 2 there, 5 now" in err
+    kept = json.loads((out / "tune" / "training.json").read_text())
+    assert kept["result"]["steps"] == 3
+    assert (out / "align" / "model.safetensors").stat().st_mtime_ns == aligned

@@ -20,6 +20,7 @@ from pumice.cli.options import (
     example,
 )
 from pumice.cli.output import note, say, say_json
+from pumice.cli.same_recipe import check_same_recipe, keep_recipe
 from pumice.cli.score_text import score_table
 from pumice.cli.stages import first_stage_spec, stage_specs
 from pumice.cli.weights import weights_hash
@@ -36,11 +37,6 @@ if TYPE_CHECKING:
     from pumice.recipe.schema import Recipe
     from pumice.train.run_log import Following
     from pumice.train.stages import StageResult, StageSpec
-
-# The recipe's keys that may change between two runs into one directory: they train nothing.
-_FREE_KEYS = {"name", "about", "source", "published", "eval"}
-# Where the data and the backbones lie may change; their content is compared by each stage.
-_FREE_PLACES = {"data": True, "model": {"vision", "language", "connector_from"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +130,7 @@ def _run_all(
     from pumice.recipe.loss_bands import loss_band
     from pumice.train.run_log import Following
 
-    data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes))
+    data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes, stage=stage))
     specs = [s for s in stage_specs(recipe, data, out) if stage is None or s.name == stage]
     results = [
         train(spec, following=Following(band=loss_band(recipe, spec.name), trackers=track))
@@ -147,9 +143,9 @@ def _run_all(
     return results, evaluate_run(recipe, results, data, out)
 
 
-def prepare_run(recipe: Recipe, out: Path, *, resumes: bool) -> Path:
+def prepare_run(recipe: Recipe, out: Path, *, resumes: bool, stage: str | None) -> Path:
     """Makes or finds what the stages read, and writes recipe.yaml; gives the data directory."""
-    going_on = resumes and check_same_recipe(recipe, out)
+    going_on = check_same_recipe(recipe, out, resumes=resumes, stage=stage)
     data = prepare_data(recipe, out)
     if not going_on:
         keep_recipe(recipe, out)
@@ -194,34 +190,6 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
         from pumice.eval.choose import choose_benchmarks
 
         choose_benchmarks(recipe.eval.benchmarks, recipe.eval.option_list())
-
-
-def check_same_recipe(recipe: Recipe, out: Path) -> bool:
-    """Whether `out` holds a run of this recipe; a run of another recipe there is an error."""
-    from pumice.recipe.load import load_recipe
-    from pumice.train.fingerprint import FREE
-
-    path = out / "recipe.yaml"
-    if not path.is_file():
-        return False
-    stages = dict.fromkeys(dict(recipe.stage_list()), set(FREE))
-    free: Any = dict.fromkeys(_FREE_KEYS, True) | _FREE_PLACES | {"stages": stages}
-    there = load_recipe(str(path)).model_dump(exclude=free)
-    changed = _differences(there, recipe.model_dump(exclude=free))
-    if changed:
-        raise PumiceError(
-            f"{out} was made with another recipe: {'; '.join(changed[:5])}. Give another "
-            "--out, or --resume never to train here again."
-        )
-    return True
-
-
-def keep_recipe(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml beside the results."""
-    from pumice.core.files import write_atomic
-    from pumice.recipe.load import resolved_yaml
-
-    write_atomic(out / "recipe.yaml", resolved_yaml(recipe))
 
 
 def prepare_data(recipe: Recipe, out: Path) -> Path:
@@ -341,18 +309,6 @@ def _score_columns(scores: list[Scores], shuffled: list[Scores]) -> dict[str, An
             for own, other in zip(scores, shuffled, strict=True)
         }
     }
-
-
-def _differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Dotted keys whose values differ, each with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [
-            line
-            for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [f"{place}: {old!r} there, {new!r} now"]
 
 
 def _summary(out: Path, results: list[StageResult], evaluated: Evaluated | None) -> dict[str, Any]:
