@@ -147,6 +147,33 @@ def test_their_processor_reads_as_ours(root: Path, tmp_path: Path) -> None:
     assert torch.allclose(batch["pixel_values"], encoded.pixel_values, atol=1e-5)
 
 
+def test_a_tokenizer_that_marks_the_start_alone_reads_as_ours(tmp_path: Path) -> None:
+    """As Vicuna's does (legacy: false), which sets no mark behind a spelled-out <s> or an image."""
+    source = pumice_checkpoint(tmp_path, tmp_path / "model")
+    path = source / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["normalizer"] = None
+    mark = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+    path.write_text(json.dumps(data | {"pre_tokenizer": mark | {"split": False}}))
+    processor = Processor(
+        read_tokenizer(source), ImageSpec("pad", tiny.IMAGE_SIZE), "vicuna_v1", None, 16
+    )
+    processor.save(source)
+    report = convert(source, tmp_path / "hf", "hf")
+    assert report["notes"] == []
+    reader = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the cat"}]}]
+    text = reader.apply_chat_template(chat, add_generation_prompt=True)
+    batch = reader(text=text, images=probe_image(), add_special_tokens=False)
+    encoded = processor.encode_prompt([user("the cat", probe_image())])
+    ids = [417 if index == IMAGE_ID else index for index in encoded.input_ids]
+    assert batch["input_ids"][0] == ids
+    again = open_parts(tmp_path / "hf").processor
+    assert (again.template.name, again.system) == ("vicuna_v1", None)
+    asked = [user("the cat")]
+    assert again.encode_prompt(asked).input_ids == processor.encode_prompt(asked).input_ids
+
+
 def test_new_rows_are_never_the_likeliest(root: Path, tmp_path: Path) -> None:
     source = pumice_checkpoint(tmp_path, tmp_path / "model")
     convert(source, tmp_path / "hf", "hf")

@@ -67,13 +67,14 @@ def match_template(
 ) -> tuple[Template, str | None] | None:
     """The template that writes what the Jinja text writes, and its system text; None for none.
 
-    First to the letter, then without regard to white space and to the marks of begin and end, which
-    published chat templates of LLaVA leave out although the models were trained with them.
+    First to the letter, then without the spaces that ours write out for Llama's newer tokenizers,
+    then without regard to white space and to the marks of begin and end, which published chat
+    templates of LLaVA leave out although the models were trained with them.
     """
     written = _render(source, tokenizer)
     if written is None:
         return None
-    for plain in (str, _bare(tokenizer)):
+    for plain in (str, _unmarked(tokenizer), _bare(tokenizer)):
         for name in TEMPLATES:
             template = TEMPLATES[name]
             if not template.user_text:
@@ -124,6 +125,11 @@ def _written(template: Template, system: str | None, tokenizer: PreTrainedTokeni
         else:
             parts.append(segment.text)
     return "".join(parts)
+
+
+def _unmarked(tokenizer: PreTrainedTokenizerFast) -> Any:
+    bos = tokenizer.bos_token or ""
+    return lambda text: text.replace(f"{bos} ", bos, 1).replace(f"{_IMAGE} \n", f"{_IMAGE}\n")
 
 
 def _bare(tokenizer: PreTrainedTokenizerFast) -> Any:

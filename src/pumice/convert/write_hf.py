@@ -17,10 +17,13 @@ import torch
 from pumice.convert.image_files import image_settings
 from pumice.convert.keymap import HF_PUBLISHED
 from pumice.convert.opened import Opened, unused_vision_shapes
+from pumice.convert.parity import probe_image
 from pumice.convert.shards import write_shards
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_atomic, write_json
+from pumice.core.types import assistant, user
 from pumice.models.config import LMMConfig
+from pumice.models.constants import IMAGE_ID
 from pumice.models.tensor_files import ChangedTensors, JoinedTensors, RenamedTensors
 from pumice.models.tiling import TilingSpec
 from pumice.processing.jinja import to_jinja
@@ -28,10 +31,13 @@ from pumice.processing.jinja import to_jinja
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from pumice.processing.processor import Processor
+
 IMAGE, PAD = "<image>", "<pad>"
 _TABLES = ("language.model.model.embed_tokens.weight", "language.model.lm_head.weight")
 # llava-hf's own padding of the vocabulary.
 _ROUND = 64
+_INSIDE = (IMAGE_ID, IMAGE_ID)
 _VISIONS = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -53,9 +59,14 @@ def write_hf(
     write_json(dst / "generation_config.json", _generation(opened, pad_id))
     write_json(dst / "preprocessor_config.json", images | {"processor_class": _class(opened)})
     write_json(dst / "processor_config.json", _processor(opened))
-    _write_tokenizer(tokenizer, opened, dst)
+    notes = _write_tokenizer(tokenizer, opened, dst)
     write_shards(dst, tensors, dtype=dtype, shard_bytes=shard_bytes)
-    return {"vocabulary": rows, "image_token_id": image_id, "made_up_vision_tensors": made_up}
+    return {
+        "vocabulary": rows,
+        "image_token_id": image_id,
+        "made_up_vision_tensors": made_up,
+        "notes": notes,
+    }
 
 
 def check_design(config: LMMConfig) -> None:
@@ -202,10 +213,9 @@ def _processor(opened: Opened) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerFast, opened: Opened, dst: Path) -> None:
-    template, system = opened.processor.template, opened.processor.system
-    # A chat message has no line break between an image and its text; LLaVA was trained with one.
-    tokenizer.chat_template = to_jinja(template, system, image_token=f"{IMAGE}\n")
+def _write_tokenizer(tokenizer: PreTrainedTokenizerFast, opened: Opened, dst: Path) -> list[str]:
+    """Writes the tokenizer's files with the chat template; notes on what it cannot do."""
+    tokenizer.chat_template, notes = _chat_template(tokenizer, opened.processor)
     tokenizer.save_pretrained(dst)
     path = dst / "tokenizer_config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -220,3 +230,47 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerFast, opened: Opened, dst: Pa
     write_json(dst / "chat_template.json", {"chat_template": tokenizer.chat_template})
     if opened.tokenizer_model is not None:
         write_atomic(dst / "tokenizer.model", opened.tokenizer_model.read_bytes())
+    return notes
+
+
+def _chat_template(
+    tokenizer: PreTrainedTokenizerFast, processor: Processor
+) -> tuple[str, list[str]]:
+    """The chat template by which transformers reads a dialogue as the tokens that were learnt.
+
+    Llama's newer tokenizers (Vicuna's) begin a text with a space mark and set none behind a
+    special token. LLaVA reads the text behind BOS and behind an image as a text of its own, so
+    there the space is written out.
+    """
+    sources = [
+        # A chat message has no line break between an image and its text; LLaVA learnt with one.
+        to_jinja(processor.template, processor.system, image_token=f"{IMAGE}{mark}\n", mark=mark)
+        for mark in ("", " ")
+    ]
+    for source in sources:
+        if _reads_as_learnt(source, tokenizer, processor):
+            return source, []
+    return sources[0], [
+        "transformers reads prompts of this chat template as other tokens than were learnt: the "
+        "tokenizer marks the start of a text otherwise"
+    ]
+
+
+def _reads_as_learnt(source: str, tokenizer: PreTrainedTokenizerFast, processor: Processor) -> bool:
+    """Whether a dialogue of two rounds with an image becomes the same ids in both ways."""
+    asked, said, more = "What is in this picture?", "A square.", "Which colour has it?"
+    image: dict[str, str] = {"type": "image"}
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": [image, {"type": "text", "text": asked}]},
+        {"role": "assistant", "content": [{"type": "text", "text": said}]},
+        {"role": "user", "content": [{"type": "text", "text": more}]},
+    ]
+    found = tokenizer.apply_chat_template(
+        chat, chat_template=source, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    turns = [user(asked, probe_image()), assistant(said), user(more)]
+    learnt = processor.encode_prompt(turns, pixels=False).input_ids
+    # transformers puts as many in place of an image's one token only later.
+    ids = [n for n, before in zip(learnt, [0, *learnt], strict=False) if (n, before) != _INSIDE]
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    return [image_id if n == IMAGE_ID else n for n in ids] == list(found)

@@ -16,11 +16,14 @@ from pumice.processing.templates import BOS, EOS, Piece, Template, Token
 _ORDER = "turns must alternate user, assistant, after an optional system message"
 
 
-def to_jinja(template: Template, system: str | None = None, *, image_token: str = "<image>") -> str:
+def to_jinja(
+    template: Template, system: str | None = None, *, image_token: str = "<image>", mark: str = ""
+) -> str:
     """The chat template that renders what `template` writes; images become `image_token`.
 
     `system` is the text used when the conversation brings none: None is the template's own, "" no
     system text. Content is a string, or a list of {"type": "text"} and {"type": "image"} parts.
+    `mark` is written behind the token that begins a sequence.
     """
     if template.images_first or template.around_image:
         raise PumiceError(
@@ -36,7 +39,7 @@ def to_jinja(template: Template, system: str | None = None, *, image_token: str 
         "{%- if messages and messages[0]['role'] == 'system' %}",
         *_system_text(),
         "{%- endif %}",
-        *_written([BOS] if template.bos else []),
+        *_written([BOS, mark] if template.bos else []),
         *(block if in_front else ()),
         "{%- for message in messages %}",
         "{%- if message['role'] == 'user' and ns.turns % 2 == 0 %}",
