@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -117,13 +119,14 @@ def test_a_run_goes_on_after_everything_was_moved(
 
 
 def test_run_refuses_before_it_makes_anything(
-    root: Path, world: Path, tmp_path: Path, run: Run
+    root: Path, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     for more, said in (
         ("model.connector=mlpx", "connector 'mlpx'"),
         ("model.template=vicuna", "Did you mean 'vicuna_v1'?"),
         ("model.vision=pocket-visoin", "Did you mean 'pocket-vision'?"),
+        ("stages.tune.lora={targets: [q_porj]}", "Did you mean 'q_proj'?"),
         ("eval.benchmarks=[popee]", "Did you mean 'pope'?"),
         ("eval.options.scienceqa.labels=2910", "scienceqa has no option 'labels'"),
         ("eval.options.pope.labels=2910", "pope, which is not asked for"),
@@ -132,7 +135,15 @@ def test_run_refuses_before_it_makes_anything(
         assert code == 2 and said in err
     code, _, err = run(*recipe_args(root, world, out, "stages.align=null"), "--stage", "align")
     assert code == 2 and "has no stage 'align'" in err
+    with monkeypatch.context() as two:
+        two.setenv("WORLD_SIZE", "2")
+        code, _, err = run(*recipe_args(root, world, out, "stages.tune.batch_size=3"))
+    assert code == 2 and "2 processes take equal shares" in err
     assert not out.exists()
+    (tmp_path / "none.json").write_text("[]")
+    none = f"stages.tune.data=[{{path: {tmp_path / 'none.json'}}}]"
+    code, _, err = run(*recipe_args(root, world, out, none))
+    assert code == 2 and "has no rows" in err and not (out / "align").exists()
     code, _, err = run(*recipe_args(root, world, out), "--stage", "tune")
     assert code == 2 and "Run the stage 'align' first" in err
     args = recipe_args(root, world, out, "world=null", f"data={tmp_path}")

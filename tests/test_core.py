@@ -181,6 +181,12 @@ def test_a_failed_atomic_write_leaves_the_old_file_alone(
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told_with_the_file() -> None:
+    with pytest.raises(OSError, match="/dev/full"), JsonlWriter("/dev/full") as writer:
+        writer.write({"step": 1})
+
+
 def test_an_atomic_write_keeps_links_and_usual_permissions(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("")

@@ -149,6 +149,19 @@ def test_wandb_keeps_a_run_offline(
     assert b"grad_norm" in content and b"lr/connector" in content
 
 
+def test_wandb_without_an_account_says_what_to_set(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def init(**_: object) -> None:
+        raise wandb.Error("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(PumiceError, match="No API key configured.*WANDB_MODE=offline"):
+        run_stage(spec, tmp_path, following=Following(trackers=["wandb"]))
+
+
 def test_a_tracker_that_cannot_write_is_refused_before_anything_is_made(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import tiny
 from pumice.core.errors import PumiceError
 from pumice.data.packing import Packing
+from pumice.models import checkpoint
 from pumice.models.checkpoint import load_lmm
 from pumice.train import trainer
 from pumice.train.fingerprint import spec_record
@@ -132,6 +134,10 @@ def test_a_damaged_last_state_falls_back_to_the_one_before(
             run_stage(spec, tmp_path / "stopped")
     states = sorted((tmp_path / "stopped" / "align.states").glob("step_*"))
     assert [state.name for state in states] == ["step_00000004", "step_00000005"]
+    (tmp_path / "other").mkdir()
+    shutil.copytree(states[0].parent, tmp_path / "other" / "align.states")
+    (tmp_path / "other" / "align.states" / "step_00000005" / "state.json").write_text("{}")
+    assert run_stage(spec, tmp_path / "other").resumed_from == 4
     tensors = states[-1] / "__0_0.distcp"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     resumed = run_stage(spec, tmp_path / "stopped")
@@ -284,6 +290,39 @@ def test_text_only_data_trains_without_any_image(spec: StageSpec, tmp_path: Path
     run_stage(text, tmp_path)
     found = losses(tmp_path)
     assert found[-1] < found[0]
+
+
+def test_what_looks_at_images_does_not_train_on_text_alone(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "text.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    data = (DataSpec(path=tmp_path / "text.json", images=None),)
+    text = dataclasses.replace(spec, data=data, template="vicuna_v1")
+    # Before a step is taken, and not when the stage is over.
+    monkeypatch.setattr(trainer.Trainer, "_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(PumiceError, match="trains connector, and none of its 1 rows has an image"):
+        run_stage(text, tmp_path)
+
+
+def test_a_part_that_was_to_learn_and_did_not_is_told(spec: StageSpec, tmp_path: Path) -> None:
+    small = dataclasses.replace(spec, train={"connector": 1e-30}, steps=2)
+    with pytest.raises(PumiceError, match=r"was to train connector.*\{'connector': 1e-30\}"):
+        run_stage(small, tmp_path)
+    assert not (tmp_path / "align").exists()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_states(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(PumiceError, match="align could not be written .*No space left"):
+            run_stage(spec, tmp_path)
+    assert run_stage(spec, tmp_path).resumed_from == 4
 
 
 def test_schedule_matches_the_reference_numbers() -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pumice.cli.options import FeatureCacheGbOption, FeatureCacheOption, TrackOption, example
 from pumice.cli.output import say
-from pumice.core.errors import PumiceError
-
-if TYPE_CHECKING:
-    from pumice.recipe.schema import Recipe
+from pumice.cli.stages import check_shares
 
 _group = typer.Typer(
     help="Print the job script that runs a recipe on many GPUs.",
@@ -100,24 +97,6 @@ def slurm(
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
     say(slurm_script(lines, run, processes=gpus_per_node, threads=cpus_per_gpu))
-
-
-def check_shares(recipe: Recipe, processes: int) -> None:
-    """Refuse a recipe whose steps so many processes cannot share evenly, before a job waits."""
-    for name, stage in recipe.stage_list():
-        share, rest = divmod(stage.batch_size, processes)
-        if rest:
-            raise PumiceError(
-                f"stage {name!r} has batch_size {stage.batch_size}, and {processes} processes take "
-                f"equal shares of a step: a multiple of {processes} is allowed. Change "
-                f"stages.{name}.batch_size, --nodes or --gpus-per-node."
-            )
-        if stage.micro_batch_size is not None and share % stage.micro_batch_size:
-            raise PumiceError(
-                f"stage {name!r} has micro_batch_size {stage.micro_batch_size}, and each of "
-                f"{processes} processes has {share} rows of a step: a divisor of that is allowed. "
-                f"Set stages.{name}.micro_batch_size."
-            )
 
 
 def slurm_script(asked: list[str], run: list[str], *, processes: int, threads: int) -> str:

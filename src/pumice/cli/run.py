@@ -22,7 +22,7 @@ from pumice.cli.options import (
 from pumice.cli.output import note, say, say_json
 from pumice.cli.same_recipe import check_same_recipe, keep_recipe
 from pumice.cli.score_text import score_table
-from pumice.cli.stages import first_stage_spec, stage_specs
+from pumice.cli.stages import check_shares, first_stage_spec, stage_specs
 from pumice.cli.weights import weights_hash
 from pumice.cli.world import ensure_world
 from pumice.core.errors import PumiceError
@@ -132,6 +132,8 @@ def _run_all(
 
     data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes, stage=stage))
     specs = [s for s in stage_specs(recipe, data, out) if stage is None or s.name == stage]
+    # What cannot be read in a later stage is told before the first one is trained.
+    group.from_main(lambda: [entry.open() for spec in specs for entry in spec.data])
     results = [
         train(spec, following=Following(band=loss_band(recipe, spec.name), trackers=track))
         for spec in specs
@@ -172,6 +174,7 @@ def check_store(store: Path | None, resume: str) -> None:
 
 def check_choices(recipe: Recipe, stage: str | None) -> None:
     """Every name in the recipe means something, before anything is made or trained."""
+    from pumice.core.distributed import world_size
     from pumice.processing.own_template import OWN
     from pumice.processing.templates import TEMPLATES
     from pumice.train.build import check_model
@@ -182,7 +185,9 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
             f"recipe {recipe.name!r} has no stage {stage!r}; it has: {', '.join(names)}. Leave "
             "--stage out to run all of them."
         )
-    check_model(first_stage_spec(recipe, names[0]))
+    for name in names:
+        check_model(first_stage_spec(recipe, name))
+    check_shares(recipe, world_size())
     for template in (recipe.model.template, *(s.template for _, s in recipe.stage_list())):
         if template not in (None, OWN):
             TEMPLATES[template]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pumice.core.errors import PumiceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -26,6 +28,24 @@ def stage_specs(
         init = out / specs[-1].name if specs else None
         specs.append(_stage_spec(recipe, name, stage, data, init, find))
     return specs
+
+
+def check_shares(recipe: Recipe, processes: int) -> None:
+    """Refuse a recipe whose steps so many processes cannot share evenly, before they begin."""
+    for name, stage in recipe.stage_list():
+        share, rest = divmod(stage.batch_size, processes)
+        if rest:
+            raise PumiceError(
+                f"stage {name!r} has batch_size {stage.batch_size}, and {processes} processes take "
+                f"equal shares of a step: a multiple of {processes} is allowed. Change "
+                f"stages.{name}.batch_size, or how many processes there are."
+            )
+        if stage.micro_batch_size is not None and share % stage.micro_batch_size:
+            raise PumiceError(
+                f"stage {name!r} has micro_batch_size {stage.micro_batch_size}, and each of "
+                f"{processes} processes has {share} rows of a step: a divisor of that is allowed. "
+                f"Set stages.{name}.micro_batch_size."
+            )
 
 
 def first_stage_spec(recipe: Recipe, stage: str, data: Path | None = None) -> StageSpec:

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,13 +95,16 @@ class JsonlWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one row."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Appends one row; an OSError names the file."""
+        with _naming(self.path):
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Ends the writing; closing twice is fine."""
-        self._file.close()
+        # What a full disk did not take is tried once more, and told once more.
+        with _naming(self.path):
+            self._file.close()
 
     def __enter__(self) -> JsonlWriter:
         return self
@@ -126,7 +130,7 @@ def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = True) -
     # Not from `tempfile`: its files can be read by their owner only.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with part.open("xb") as file:
+        with _naming(path), part.open("xb") as file:
             file.write(data)
             file.flush()
             if sync:
@@ -134,6 +138,17 @@ def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = True) -
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk is told without a name by the system; here it gets the file's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path | str, obj: Any) -> None:

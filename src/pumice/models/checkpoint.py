@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -76,6 +77,11 @@ def save_checkpoint(
         if directory.exists():
             directory.rename(old)
         fresh.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise PumiceError(
+            f"the checkpoint {directory} could not be written ({error}). What was there before is "
+            f"untouched. Check the free space and the permissions, and give the same command again."
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

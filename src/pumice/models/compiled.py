@@ -21,14 +21,15 @@ def compile_blocks(lmm: LMM, device: str) -> None:
     The first steps take minutes longer. Attention over packed rows stays outside: its number of
     documents is another one in each row, and each would be compiled anew.
     """
-    _check_compiler(device)
+    check_compiler(device)
     AttentionInterface.register(NAME, torch.compiler.disable(document_attention))  # type: ignore[no-untyped-call]
     for block in decoder_blocks(lmm.language):
         # The method, not the module: what wraps it later (checkpointing, hooks) stays outside.
         block.forward = torch.compile(block.forward, dynamic=True)
 
 
-def _check_compiler(device: str) -> None:
+def check_compiler(device: str) -> None:
+    """Refuse a device for which torch.compile finds no compiler."""
     if device == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler

@@ -33,7 +33,10 @@ _WORDS = {
     "list_type": "must be a list",
     "dict_type": "must be a mapping of keys to values",
     "model_type": "must be a mapping of keys to values",
+    "too_short": "must have at least 1 item",
 }
+# The same for texts of a form, by the last key of their place.
+_FORMS = {"checkpointing": "must be 'none', 'blocks' (each one), or 'every_2', 'every_3', ..."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +237,8 @@ def _explain_one(
             words += "." + suggest(given, detail["ctx"]["expected"].replace("'", " ").split())
         return f"{dotted} is {given!r} (in {where}); {words}"
     words = _WORDS.get(kind, detail["msg"].replace("Input should be", "must be"))
+    if kind == "string_pattern_mismatch":
+        words = _FORMS.get(place[-1], words)
     return f"{dotted} is {detail['input']!r} (in {where}); {words}"
 
 

@@ -84,7 +84,7 @@ class Lora(Section):
 
     r: PositiveInt = 128
     alpha: PositiveFloat = 256.0
-    dropout: Fraction = 0.05
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: list[str] | None = Field(default=None, min_length=1)
     """Last names of the layers, such as q_proj; null for every linear layer but the output head."""
     rslora: bool = False

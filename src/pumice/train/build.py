@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from pumice.core.errors import PumiceError
 from pumice.core.files import sha256_bytes
 from pumice.core.processes import ALONE, Processes
-from pumice.train.adapters import set_trained
+from pumice.train.adapters import attach_adapters, set_trained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +91,10 @@ def _read_model(spec: StageSpec) -> tuple[LMM, bool]:
 
 
 def check_model(spec: StageSpec) -> None:
-    """Refuse, before anything is made, parts that do not fit each other; no weight is read."""
+    """Refuse, before anything is made, parts that do not fit each other; no weight is read.
+
+    So are adapters that the language model has no place for, and blocks that nothing compiles.
+    """
     import torch
 
     from pumice.convert.connector_weights import load_connector
@@ -99,6 +102,13 @@ def check_model(spec: StageSpec) -> None:
 
     with torch.device("meta"):
         lmm = LMM.from_config(model_config(spec), init=False)
+        if spec.lora is not None:
+            attach_adapters(lmm, replace(spec.lora, quantize=None))
+    if spec.compile:
+        from pumice.models.compiled import check_compiler
+        from pumice.train.parallel import training_device
+
+        check_compiler(training_device().type)
     if spec.connector_from is not None:
         load_connector(lmm, spec.connector_from)
 
@@ -224,6 +234,19 @@ def build_data(
     split = split_sources([entry.open() for entry in spec.data], spec.validation.fraction)
     loader = build_loader(spec, processor, group, split.train)
     return loader, Validator(spec.validation, processor, split.held, spec.max_tokens, group)
+
+
+def check_images(spec: StageSpec, loader: Loader) -> None:
+    """Refuse to train what looks at images on data that has none: no step would move it."""
+    looking = [name for name in ("vision", "connector") if name in spec.train]
+    sources = [part.source for part in loader.mixture.parts]
+    if not looking or any(s.size(row)[1] for s in sources for row in range(len(s))):
+        return
+    raise PumiceError(
+        f"stage {spec.name!r} trains {' and '.join(looking)}, and none of its "
+        f"{sum(map(len, sources))} rows has an image: nothing of that would learn. Take "
+        f"{'them' if looking[1:] else 'it'} out of `train`, or give rows with images."
+    )
 
 
 def match_connector_scale(lmm: LMM, loader: Loader) -> None:

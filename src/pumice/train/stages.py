@@ -27,6 +27,7 @@ from pumice.train.build import (
     build_data,
     build_model,
     build_processor,
+    check_images,
     match_connector_scale,
     seed_everything,
     set_trainable,
@@ -163,6 +164,7 @@ def run_stage(
     processor = build_processor(spec, lmm)
     with group.main_first():
         loader, validator = build_data(spec, processor, group)
+    group.from_main(lambda: check_images(spec, loader))
     if new_output:
         group.from_main(lambda: match_connector_scale(lmm, loader))
     if spec.lora is not None:
@@ -272,5 +274,13 @@ def _check_moved(spec: StageSpec, before: dict[str, str], after: dict[str, str])
     """What was trained is what was asked: frozen parts are bit-equal, trained ones are not."""
     for name in before:
         moved = before[name] != after[name]
-        if moved != should_move(spec, name):
-            raise AssertionError(f"stage {spec.name}: part {name} moved={moved}")
+        if moved == should_move(spec, name):
+            continue
+        if moved:
+            raise AssertionError(f"stage {spec.name}: part {name} moved, and was to stay as it is")
+        raise PumiceError(
+            f"stage {spec.name!r} was to train {name}, and after its last step the weights of "
+            f"{name} are those before the first, bit for bit. No step had an image, or the rate in "
+            f"`train` is too small to change any ({spec.train}). Change the rate or the data, or "
+            f"take the part out of `train`."
+        )

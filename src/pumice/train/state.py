@@ -65,7 +65,6 @@ class States:
         self.finish()
         part = self._part(step)
         part.mkdir(parents=True, exist_ok=True)
-        torch.save(_generators(), part / _generator_file(self.group.rank))
         written = async_save(
             self._tensors(),
             storage_writer=FileSystemWriter(part),
@@ -73,7 +72,7 @@ class States:
             no_dist=self._channel is None,
         )
         assert isinstance(written, Future)
-        self._pending = step, self._thread.submit(self._hash_own, written, part)
+        self._pending = step, self._thread.submit(self._hash_own, written, part, _generators())
 
     @property
     def settled(self) -> int:
@@ -139,9 +138,12 @@ class States:
     def _part(self, step: int) -> Path:
         return self.folder / f".step_{step:08d}.part"
 
-    def _hash_own(self, written: Future[Any], part: Path) -> dict[str, str]:
+    def _hash_own(
+        self, written: Future[Any], part: Path, generators: dict[str, Any]
+    ) -> dict[str, str]:
         written.result()
         rank = self.group.rank
+        torch.save(generators, part / _generator_file(rank))
         own = [*part.glob(f"__{rank}_*"), part / _generator_file(rank)]
         own += [part / ".metadata"] if self.group.is_main else []
         return {path.name: sha256_file(path) for path in own}
@@ -205,10 +207,13 @@ class States:
 
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = read_json(path / RECORD)
+        record: Any = read_json(path / RECORD)
     except PumiceError:
         return None
-    return record
+    whole = isinstance(record, dict) and {"step", "fingerprint", "sha256", "processes"} <= set(
+        record
+    )
+    return record if whole else None
 
 
 def _is_whole(path: Path, digest: str) -> bool:

@@ -69,15 +69,21 @@ class WandB:
         kept = out / "wandb" / f"{stage}.id"
         if not (start and kept.is_file()):
             write_atomic(kept, uuid.uuid4().hex[:12])
-        self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "pumice"),
-            group=out.resolve().name,
-            name=f"{out.resolve().name}/{stage}",
-            id=kept.read_text(),
-            resume="allow",
-            dir=out,
-            config=config,
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "pumice"),
+                group=out.resolve().name,
+                name=f"{out.resolve().name}/{stage}",
+                id=kept.read_text(),
+                resume="allow",
+                dir=out,
+                config=config,
+            )
+        except wandb.Error as error:
+            raise PumiceError(
+                f"--track wandb cannot begin: {error} Set WANDB_API_KEY, or WANDB_MODE=offline to "
+                f"write the run to {out / 'wandb'} alone; or leave --track wandb out."
+            ) from error
 
     def write(self, row: dict[str, Any]) -> None:
         """The numbers of a row by their names."""
