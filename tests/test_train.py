@@ -18,7 +18,7 @@ from pumice.core.errors import PumiceError
 from pumice.data.packing import Packing
 from pumice.models import checkpoint
 from pumice.models.checkpoint import load_lmm
-from pumice.train import trainer
+from pumice.train import state, trainer
 from pumice.train.fingerprint import spec_record
 from pumice.train.metrics import part_hash
 from pumice.train.optim import learning_rate_factor
@@ -323,6 +323,18 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_states(
         with pytest.raises(PumiceError, match="align could not be written .*No space left"):
             run_stage(spec, tmp_path)
     assert run_stage(spec, tmp_path).resumed_from == 4
+
+
+def test_a_state_that_does_not_fit_on_the_disk_says_so_without_a_stack(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.FileSystemWriter, "write_data", full)
+    with pytest.raises(PumiceError, match="state after step 2 could not.*No space left") as told:
+        run_stage(spec, tmp_path)
+    assert "Traceback" not in str(told.value)
 
 
 def test_schedule_matches_the_reference_numbers() -> None:

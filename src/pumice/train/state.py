@@ -89,7 +89,7 @@ class States:
         try:
             hashes = hashing.result()
         except (OSError, RuntimeError, CheckpointException) as error:
-            trouble = f"process {self.group.rank}: {error}"
+            trouble = f"process {self.group.rank}: {_cause(error)}"
         told = self.group.gather((trouble, hashes))
         if any(said for said, _ in told):
             raise PumiceError(
@@ -214,6 +214,13 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         record
     )
     return record if whole else None
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without the stack that torch's error carries for each process."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
 
 
 def _is_whole(path: Path, digest: str) -> bool:
