@@ -50,8 +50,9 @@ def chat(
 
     /image FILE shows it a picture, /format asks for short answers, letters or details, /reset
     forgets the talk, /help lists all. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, ends.
-    Questions may come through a pipe, one a line. The key of an address is read from
-    PUMICE_API_KEY or OPENAI_API_KEY.
+    Questions may come through a pipe, one a line; when one of them fails the rest are asked, and
+    the command ends with an error. The key of an address is read from PUMICE_API_KEY or
+    OPENAI_API_KEY.
     """
     from pumice.cli.picture import drawing
     from pumice.cli.talk import NAMES, Leave, Talk
@@ -63,7 +64,7 @@ def chat(
         talk = Talk(speak, Sampling(**asdict(sampling)), drawing())
         for path in images or []:
             talk.show(path)
-        typed = TypedLines(NAMES)
+        typed, failed = TypedLines(NAMES), False
         if typed.by_hand:
             note(_HINT)
         with closing(iter(typed)) as lines:
@@ -71,7 +72,7 @@ def chat(
                 try:
                     talk.hear(line)
                 except Leave:
-                    return
+                    break
                 except KeyboardInterrupt:
                     if not typed.by_hand:
                         raise
@@ -79,6 +80,9 @@ def chat(
                     note("(stopped; Ctrl-C again to leave)")
                 except PumiceError as error:
                     fail(str(error))
+                    failed = True
+        if failed and not typed.by_hand:
+            raise typer.Exit(1)
 
 
 @contextmanager

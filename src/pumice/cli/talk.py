@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 import typer
 
@@ -62,7 +65,7 @@ class Talk:
             case "/image":
                 if not rest:
                     raise PumiceError("/image needs a file: /image cat.jpg")
-                self.show(Path(rest).expanduser())
+                self.show(_typed_path(rest))
             case "/format":
                 self._choose_format(rest)
             case "/reset":
@@ -75,6 +78,8 @@ class Talk:
                 raise Leave
             case _:
                 near = suggest(command, NAMES)
+                if os.path.isfile(line):
+                    near = f" To show the model that file: /image {line}"
                 raise PumiceError(f"{command} is unknown; known: {', '.join(NAMES)}.{near}")
 
     def show(self, path: Path) -> None:
@@ -122,3 +127,20 @@ class Talk:
             note("(no answer)")
         if result is not None and result.finish_reason == "length":
             note(f"(cut after {result.new_tokens} tokens; raise --max-new-tokens for more)")
+
+
+def _typed_path(text: str) -> Path:
+    """The file that is meant: as it stands, or as a terminal writes one that is dropped on it.
+
+    Those come in quotes, with backslashes before blanks, or as file:// addresses.
+    """
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return Path(path)
+    if text.startswith("file://"):
+        return Path(unquote(urlsplit(text).path))
+    with suppress(ValueError):  # a quote that does not end
+        words = shlex.split(text)
+        if len(words) == 1:
+            return Path(words[0]).expanduser()
+    return Path(path)

@@ -96,7 +96,8 @@ def _completed(text: str, state: int, commands: Sequence[str]) -> str | None:
     """The completion number `state` of a line: a command, or the file behind /image."""
     head, space, name = text.partition(" ")
     if not space:
-        found = [command for command in commands if command.startswith(head)]
+        # Python's readline puts no blank behind a word, which a file's name needs.
+        found = [f"{command} " for command in commands if command.startswith(head)]
     elif head == "/image":
         paths = sorted(glob.glob(glob.escape(str(Path(name).expanduser())) + "*"))
         found = [f"{head} {path}{'/' * Path(path).is_dir()}" for path in paths]
