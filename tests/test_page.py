@@ -181,6 +181,10 @@ def test_images_chosen_and_pasted_and_taken_away(page: sync_api.Page, scene: Pat
     expect(page.locator("#shown figure")).to_have_count(3)
     page.get_by_role("button", name="Take the image away").first.click()
     expect(page.locator("#shown figure")).to_have_count(2)
+    page.get_by_role("button", name="Image", exact=True).focus()
+    page.get_by_role("button", name="Ask", exact=True).click()  # without a question
+    expect(page.locator("#text")).to_be_focused()
+    expect(page.locator(".turn")).to_have_count(0)
     ask(page, "What do you see in the images?")
     expect(page.locator(".assistant .quiet")).to_contain_text("72 image", timeout=PATIENCE)
 

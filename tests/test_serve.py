@@ -214,6 +214,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "svg": ({"messages": messages(uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>"))}, "image"),
     "text": ({"messages": messages(uri(b"hello there"))}, "image"),
     "cut short": ({"messages": messages(uri(picture()[:300]))}, "image"),
+    "which one": ({"messages": messages(uri(picture()), uri(picture(2)[:300]))}, "image 2 of 2"),
     "four images": ({"messages": messages(*[uri(picture())] * 4)}, "at most 3"),
     "many bytes": ({"messages": messages(uri(bytes(200_001)))}, "at most 200000"),
     "long prompt": ({"messages": messages(text="why " * 3000)}, "positions"),

@@ -108,11 +108,11 @@ class ImageFeatures:
         errors: list[str | None] = []
         for where, images in groups:
             try:
-                for shown in images:
+                for shown, at in placed(images, where):
                     if shown.key in self._known:
                         self._known.move_to_end(shown.key)
                     elif shown.key not in wanted:
-                        wanted[shown.key] = opened.get(shown.key) or self.open(shown, where)
+                        wanted[shown.key] = opened.get(shown.key) or self.open(shown, at)
             except PumiceError as error:
                 errors.append(str(error))
             else:
@@ -200,3 +200,11 @@ def _pixels(image: PIL.Image.Image) -> str:
     orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
     seen = (image.mode, image.size, palette, image.info.get("transparency"), orientation)
     return hashlib.sha256(repr(seen).encode() + image.tobytes()).hexdigest()
+
+
+def placed(images: Sequence[Shown], where: str) -> list[tuple[Shown, str]]:
+    """Each image of a request, and how errors name it: by its number where there are several."""
+    if len(images) == 1:
+        return [(images[0], where)]
+    count = len(images)
+    return [(one, f"{where}, image {n} of {count}") for n, one in enumerate(images, start=1)]

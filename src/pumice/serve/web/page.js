@@ -126,7 +126,9 @@ function told(usage, seconds) {
 async function ask(event) {
   event.preventDefault();
   const question = $("text").value.trim();
-  if (running || !question) return;
+  if (running) return;
+  // An image alone is no question: the box that waits for one is pointed at.
+  if (!question) return $("text").focus();
   const message = written(question);
   const bubbleAsked = turn("user", question);
   if (format()) bubbleAsked.append(note(format()));
