@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,21 @@ def test_lines_of_a_stage_that_has_not_begun_may_change(
     kept = json.loads((out / "tune" / "training.json").read_text())
     assert kept["result"]["steps"] == 3
     assert (out / "align" / "model.safetensors").stat().st_mtime_ns == aligned
+
+
+def test_two_runs_do_not_work_in_one_directory(
+    root: Path, world: Path, tmp_path: Path, run: Run
+) -> None:
+    args = recipe_args(root, world, tmp_path / "out", "eval=null")
+    (tmp_path / "out").mkdir()
+    held = "from filelock import FileLock; import sys\n"
+    held += "with FileLock(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", held, str(tmp_path / "out" / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        code, _, err = run(*args)
+        assert code == 2 and "another run is at work in" in err and "another --out" in err
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.lock"]
+        other.kill()
+    assert run(*args)[0] == 0

@@ -20,6 +20,7 @@ from pumice.cli.options import (
     example,
 )
 from pumice.cli.output import note, say, say_json
+from pumice.cli.run_lock import alone_in
 from pumice.cli.same_recipe import check_same_recipe, keep_recipe
 from pumice.cli.score_text import score_table
 from pumice.cli.stages import check_shares, first_stage_spec, stage_specs
@@ -84,10 +85,8 @@ def run(
     report.html. A stopped run goes on where it stopped. The evaluation follows the last stage;
     exits with 1 when a score is withheld. Started by torchrun, the processes train one model
     together; each keeps a log in DIR/logs. With --store, runs that begin alike train a stage once,
-    and a process that still works on DIR is waited for.
+    and a process that still works on DIR is waited for; otherwise that is an error.
     """
-    from filelock import FileLock
-
     from pumice.core.processes import joined_processes
     from pumice.recipe.load import load_recipe
     from pumice.train.trackers import check_trackers
@@ -99,8 +98,8 @@ def run(
     cache = _feature_cache(feature_cache, feature_cache_gb)
     resumes = resume == "auto"
     with (
-        nullcontext() if store is None else FileLock(out / "run.lock"),
         joined_processes() as group,
+        alone_in(out, group, waits=store is not None),
         LogOfProcess(out / "logs") if group.size > 1 else nullcontext(),
     ):
         results, evaluated = _run_all(
