@@ -81,14 +81,16 @@ def test_equal_seeds_give_equal_runs_and_threads_change_nothing(
     assert hashes(one)["connector"] != hashes(other)["connector"]
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The process gets SIGTERM while it works on this step."""
+def stop_after(
+    monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals = signal.SIGTERM
+) -> None:
+    """The process gets a signal while it works on this step."""
     original = trainer.Trainer._step
 
     def stepping(self, number, batch):  # type: ignore[no-untyped-def]
         row = original(self, number, batch)
         if number + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
         return row
 
     monkeypatch.setattr(trainer.Trainer, "_step", stepping)
@@ -369,3 +371,22 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
     expected = -picked[targets >= 0]
     assert count == len(expected) == batch.num_supervised
     assert torch.allclose(together, expected.sum(), rtol=1e-5)
+
+
+def test_ctrl_c_saves_once_and_a_second_one_stops_at_once(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, by=signal.SIGINT)
+        with pytest.raises(SystemExit, match="stopped after step 2"):
+            run_stage(spec, tmp_path / "out")
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = run_stage(spec, tmp_path / "out")
+    assert resumed.resumed_from == 2
+    assert hashes(resumed.checkpoint) == hashes(run_stage(spec, tmp_path / "whole").checkpoint)
+    with monkeypatch.context() as patch:
+        for step in (1, 1):
+            stop_after(patch, step, by=signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(spec, tmp_path / "twice")

@@ -105,6 +105,7 @@ def _stage_spec(
         compile=stage.compile,
         validation=None if stage.validation is None else _validation(stage.validation),
         seed=recipe.seed,
+        save_every=stage.save_every,
         watchdog_minutes=stage.watchdog_minutes,
         spike=stage.spike,
     )

@@ -147,6 +147,8 @@ class Stage(Section):
     packing: Packing | None = None
     micro_batch_size: PositiveInt | None = None
     """So many conversations of a step are computed at a time; null for all of them."""
+    save_every: PositiveInt = 500
+    """Steps from one saved state to the next: so many are lost at most when a run is killed."""
     watchdog_minutes: PositiveFloat | None = 30.0
     """A step that takes longer ends the run and names its samples; null waits for ever."""
     spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None

@@ -88,7 +88,7 @@ class Trainer:
         start = self.states.load()
         if start:
             log.info("stage %s goes on after step %d", self.spec.name, start)
-        previous = _on_sigterm(self._ask_to_stop)
+        previous = _handled(self._ask_to_stop)
         try:
             with (
                 self.group.others_there(),
@@ -99,8 +99,8 @@ class Trainer:
                 self.record |= {} if rows is None else rows.summary()
         finally:
             self.states.close()
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         last = self.losses[-_USUAL:]
         return {
             "steps": self.total,
@@ -261,6 +261,10 @@ class Trainer:
         ]
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            # Whoever presses it again does not want to wait.
+            signal.signal(number, signal.default_int_handler)
+            log.warning("the step is ended and its state saved; Ctrl-C again stops without that")
         self._stop = True
 
 
@@ -268,8 +272,13 @@ def _ids_of(batches: Sequence[Batch]) -> Callable[[], list[str]]:
     return lambda: [name for batch in batches for name in batch.sample_ids]
 
 
-def _on_sigterm(handler: Any) -> Any:
-    """Handle SIGTERM for a while; gives the handler before it (None outside the main thread)."""
+def _handled(handler: Any) -> dict[signal.Signals, Any]:
+    """Handle SIGTERM and Ctrl-C for a while; gives the handlers before that.
+
+    Outside the main thread that cannot be.
+    """
     if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, handler)
+        return {}
+    asking = (signal.SIGTERM, signal.SIGINT)
+    former = {number: signal.signal(number, handler) for number in asking}
+    return {number: one for number, one in former.items() if one is not None}
