@@ -193,4 +193,8 @@ def test_two_runs_do_not_work_in_one_directory(
         assert code == 2 and "another run is at work in" in err and "another --out" in err
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.lock"]
         other.kill()
-    assert run(*args)[0] == 0
+    code, out, _ = run(*args)
+    report = tmp_path / "out" / "report.html"
+    assert code == 0 and f"report: {report}" in out
+    # Nothing judges this run, and its curves are drawn.
+    assert "The run asked for no evaluation" in report.read_text(encoding="utf-8")

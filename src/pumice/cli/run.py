@@ -139,8 +139,10 @@ def _run_all(
     ]
     # Again: only now is it known that a run that goes on has the data and backbones it began with.
     group.from_main(lambda: keep_recipe(recipe, out))
-    if recipe.eval is None or specs[-1].name != recipe.stage_list()[-1][0]:
+    if specs[-1].name != recipe.stage_list()[-1][0]:
         return results, None
+    if recipe.eval is None:
+        return results, group.from_main(lambda: report_without_scores(recipe, results, data, out))
     return results, evaluate_run(recipe, results, data, out)
 
 
@@ -305,6 +307,16 @@ def evaluate_run(recipe: Recipe, results: list[StageResult], data: Path, out: Pa
     return Evaluated(scores, shuffled, report)
 
 
+def report_without_scores(
+    recipe: Recipe, results: list[StageResult], data: Path, out: Path
+) -> Evaluated:
+    """The report of a run that nothing judges: its curves, held-out answers and data."""
+    from pumice.cli.run_report import report_run
+
+    report = report_run(recipe, results, [], [], data=data, out=out, seconds=None)
+    return Evaluated([], [], report)
+
+
 def _score_columns(scores: list[Scores], shuffled: list[Scores]) -> dict[str, Any]:
     """The content of a run's scores.json: per benchmark the scores and those of the control."""
     return {
@@ -337,7 +349,8 @@ def _tell(results: list[StageResult], evaluated: Evaluated | None) -> None:
         say(f"{result.checkpoint}: {result.steps} steps, final loss {result.final_loss:.3f}")
     if evaluated is None:
         return
-    say("\n" + score_table(evaluated.scores, evaluated.shuffled))
+    if evaluated.scores:
+        say("\n" + score_table(evaluated.scores, evaluated.shuffled))
     for scores in evaluated.scores:
         for line in scores.notes:
             note(f"{scores.benchmark}: {line}")

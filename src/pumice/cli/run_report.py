@@ -39,9 +39,12 @@ def report_run(
     *,
     data: Path,
     out: Path,
-    seconds: float,
+    seconds: float | None,
 ) -> Path:
-    """Write `out`/report.html; `data` holds the benchmarks' files, `seconds` is scoring's time."""
+    """Write `out`/report.html; `data` holds the benchmarks' files, `seconds` is scoring's time.
+
+    A run that nothing judges has no scores, and None seconds.
+    """
     path = out / "report.html"
     benchmarks = [benchmark_of(own) for own in scores]
     rows = [
@@ -200,7 +203,7 @@ def _probe_lines(results: Sequence[StageResult]) -> list[str]:
     ]
 
 
-def _costs(results: Sequence[StageResult], seconds: float) -> list[dict[str, str]]:
+def _costs(results: Sequence[StageResult], seconds: float | None) -> list[dict[str, str]]:
     lines: list[dict[str, Any]] = [
         {
             "Part": result.checkpoint.name,
@@ -211,7 +214,9 @@ def _costs(results: Sequence[StageResult], seconds: float) -> list[dict[str, str
         }
         for result in results
     ]
-    return [*lines, {"Part": "evaluation", "Time": _clock(seconds)}]
+    if seconds is not None:
+        lines.append({"Part": "evaluation", "Time": _clock(seconds)})
+    return lines
 
 
 def _clock(seconds: float) -> str:

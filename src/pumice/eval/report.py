@@ -166,6 +166,8 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def verdict(scores: Sequence[ScoreRow]) -> str:
     """One sentence: does the model use its images, and the main numbers."""
+    if not scores:
+        return "The run asked for no evaluation."
     told = [row for row in scores if row.value is not None]
     if not told:
         return "No benchmark has a score to quote."
