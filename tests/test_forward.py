@@ -99,7 +99,7 @@ def test_who_leaves_frees_the_endpoint(page: Listening, endpoint: Running, strea
     online = endpoint.server.online
     before, step = online.counters().cancelled, online._scheduler.step
     online._scheduler.step = lambda: (time.sleep(0.05), step())[1]  # type: ignore[method-assign]
-    asked = {**ASKED, "max_tokens": 200, "temperature": 2.0, "stream": stream}
+    asked = {**ASKED, "max_tokens": 200, "temperature": 2.0, "seed": 0, "stream": stream}
     until = time.monotonic() + 20
     try:
         if stream:

@@ -318,7 +318,7 @@ def wait_for(running: Running, finished: int) -> None:
 def test_a_client_that_leaves_frees_its_place(running: Running, stream: bool) -> None:
     before = counters(running).cancelled
     body = json.dumps({"messages": messages(text="Describe"), "max_tokens": 64, "stream": stream,
-                       "temperature": 2.0, "n": 4})  # fmt: skip
+                       "temperature": 2.0, "seed": 0, "n": 4})  # fmt: skip
     head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")  # fmt: skip
     slow = running.server.online._scheduler.step  # as a larger model would be
@@ -385,7 +385,7 @@ def test_no_room_is_429_and_a_slow_answer_504(model: Model) -> None:
     try:
         step = server.server.online._scheduler.step
         server.server.online._scheduler.step = lambda: (time.sleep(0.3), step())[1]  # type: ignore[method-assign]
-        late = server.post(messages=messages(text="Describe"), temperature=2.0)
+        late = server.post(messages=messages(text="Describe"), temperature=2.0, seed=0)
         assert late.status_code == 504 and "0.4 seconds" in late.json()["error"]["message"]
     finally:
         server.stop()
