@@ -7,17 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pumice.core.errors import PumiceError
-from pumice.core.log import get_logger
 from pumice.core.processes import Processes
-
-log = get_logger(__name__)
 
 
 @contextmanager
 def alone_in(out: Path, group: Processes, *, waits: bool) -> Iterator[None]:
     """While it lasts no other run works in `out`; one that does is waited for, or an error.
 
-    The processes of `group` are one run. The system frees the lock when a run is killed.
+    The processes of `group` are one run. The system frees the lock when a run is killed; where its
+    files have no locks, filelock says so and takes one of its own.
     """
     from filelock import FileLock, Timeout
 
@@ -32,8 +30,6 @@ def alone_in(out: Path, group: Processes, *, waits: bool) -> Iterator[None]:
                 f"another run is at work in {out}. Wait until it has ended, stop it, or give "
                 f"another --out."
             ) from error
-        except NotImplementedError:
-            log.warning("%s cannot be locked here; see that no other run writes there", out)
 
     group.from_main(take)
     try:
