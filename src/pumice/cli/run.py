@@ -131,8 +131,7 @@ def _run_all(
 
     data = group.from_main(lambda: prepare_run(recipe, out, resumes=resumes, stage=stage))
     specs = [s for s in stage_specs(recipe, data, out) if stage is None or s.name == stage]
-    # What cannot be read in a later stage is told before the first one is trained.
-    group.from_main(lambda: [entry.open() for spec in specs for entry in spec.data])
+    group.from_main(lambda: check_data(specs))
     results = [
         train(spec, following=Following(band=loss_band(recipe, spec.name), trackers=track))
         for spec in specs
@@ -196,6 +195,13 @@ def check_choices(recipe: Recipe, stage: str | None) -> None:
         from pumice.eval.choose import choose_benchmarks
 
         choose_benchmarks(recipe.eval.benchmarks, recipe.eval.option_list())
+
+
+def check_data(specs: Sequence[StageSpec]) -> None:
+    """Open the data of every stage, so that what a later one cannot read is told at once."""
+    for spec in specs:
+        for entry in spec.data:
+            entry.open()
 
 
 def prepare_data(recipe: Recipe, out: Path) -> Path:
