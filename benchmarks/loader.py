@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    # As a loader with workers does; transformers' side has it too.
+    # As training does; transformers' side has it too.
     keep_freed_memory()
     record = where("loader.py")
     record |= {"clock": "cpu", "rounds": args.rounds, "transformers": transformers.__version__}

@@ -28,7 +28,7 @@ from pumice.models.packed_attention import NAME, attend_to_documents
 from pumice.models.recompute import checkpoint_blocks
 from pumice.models.simulate import Setting, Work, step_memory
 from pumice.processing.collate import collate
-from pumice.train import parallel
+from pumice.train import trainer as training
 from pumice.train.adapters import set_trained
 from pumice.train.parallel import mixed_precision_pays
 
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     # What training keeps for its next step lies in the way of what the step needs.
-    parallel.keep_freed_memory = lambda: None
+    training.keep_freed_memory = lambda: None
     if arguments.measure is not None:
         sys.stdout.write(f"{measured(*CASES[arguments.measure])}\n")
         return

@@ -51,8 +51,8 @@ def give_back_heap() -> None:
 def keep_freed_memory() -> None:
     """From now on freed blocks of any size stay with this process, where the allocator is glibc's.
 
-    Otherwise blocks of more than 32 MB are new each time, and the system clears each of their
-    pages: a twentieth of a training step on a CPU. `give_back_heap` still returns what is free.
+    Otherwise large blocks are new each time, and the system clears each of their pages: a twentieth
+    of a training step on a CPU, a sixth of loading a picture. `give_back_heap` still gives back.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:

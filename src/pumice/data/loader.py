@@ -16,7 +16,6 @@ import numpy as np
 
 from pumice.core.errors import PumiceError
 from pumice.core.log import get_logger
-from pumice.core.memory import keep_freed_memory
 from pumice.core.types import Sample
 from pumice.data.blocks import Numbers
 from pumice.data.lengths import RowSizes
@@ -149,8 +148,6 @@ class Loader:
                 self.sizes.keep()
 
     def _prepared(self, steps: range) -> Iterator[list[Batch]]:
-        # Pictures and their pixels come and go; with new pages each took a sixth longer.
-        keep_freed_memory()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pumice-loader")
         ahead: deque[Future[list[Batch]]] = deque()
         try:

@@ -21,7 +21,6 @@ from torch import nn
 
 from pumice.core.distributed import local_rank, world_size
 from pumice.core.errors import PumiceError
-from pumice.core.memory import keep_freed_memory
 from pumice.core.processes import ALONE, Processes
 from pumice.models.recompute import block_lists, checkpoint_blocks
 from pumice.train.dealing import Dealer
@@ -60,8 +59,6 @@ class SharedModel:
         self.half = mixed_precision_pays()
         """Whether it computes in bfloat16; its weights and what the optimizer keeps are float32."""
         device = training_device()
-        if device.type == "cpu":
-            keep_freed_memory()
         if group.size == 1:
             _prepare_blocks(lmm.to(device), checkpointing, compiled)
             return
