@@ -62,8 +62,13 @@ class _Axis:
         """Blocks that are made of anything between two places."""
         return tuple(b for b in self.bands if b[1].start < stop and start < b[1].stop)
 
+    def sources(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """long[N] of S -> long[N, L]: the levels before that each is made of."""
+        of: NDArray[np.int64] = self.first[at, None] + np.arange(self.weights.shape[1])
+        return of
+
     def exact(self, at: NDArray[np.int64], levels: Levels) -> NDArray[np.int64]:
-        """long[N] of S, float32[N, L] where its weights begin -> long[N], as Pillow rounds."""
+        """long[N] of S, float32[N, L] of their `sources` -> long[N], as Pillow rounds."""
         sums: NDArray[np.int64] = (levels.astype(np.int64) * self.weights[at]).sum(1)
         return sums + (1 << _BITS - 1) >> _BITS
 
@@ -125,8 +130,7 @@ def _filter_rows(
         def exact(at: NDArray[np.int64], flat: Levels = flat) -> NDArray[np.int64]:
             line, place = np.divmod(at, width)
             place += start
-            of = axis.first[place, None] + np.arange(axis.weights.shape[1]) - begin
-            return axis.exact(place, flat[line[:, None], of])
+            return axis.exact(place, flat[line[:, None], axis.sources(place) - begin])
 
         rounded = into[row : row + count].reshape(-1, width)
         _round(sums[: len(flat)], rounded, axis.doubtful, exact)
@@ -146,8 +150,7 @@ def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Leve
     def exact(at: NDArray[np.int64]) -> NDArray[np.int64]:
         place, column = np.divmod(at, width)
         place += start
-        of = axis.first[place, None] + np.arange(axis.weights.shape[1]) - begin
-        return axis.exact(place, flat[of, column[:, None]])
+        return axis.exact(place, flat[axis.sources(place) - begin, column[:, None]])
 
     rounded = np.empty_like(sums)
     _round(sums, rounded, axis.doubtful, exact)
