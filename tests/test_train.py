@@ -390,3 +390,15 @@ def test_ctrl_c_saves_once_and_a_second_one_stops_at_once(
             stop_after(patch, step, by=signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run_stage(spec, tmp_path / "twice")
+
+
+def test_a_signal_that_is_ignored_or_taken_stays_so(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop_after(monkeypatch, 1, by=signal.SIGINT)
+        assert run_stage(spec, tmp_path / "out").steps == spec.steps
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

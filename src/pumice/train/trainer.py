@@ -21,7 +21,7 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_json
-from pumice.core.memory import peak_memory_bytes
+from pumice.core.memory import keep_freed_memory, peak_memory_bytes
 from pumice.core.progress import Progress, progress
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from pumice.train.parallel import SharedModel, whole_tensor
@@ -62,6 +62,8 @@ class Trainer:
     ) -> None:
         self.spec, self.lmm, self.loader, self.out = spec, model.lmm, loader, out
         self.group = model.group
+        # What a step and the pictures for it take is taken again by the next.
+        keep_freed_memory()
         self.device = self.lmm.device
         self.total = spec.steps or math.ceil((spec.epochs or 1) * loader.steps_per_epoch)
         self.trained = [p for p in self.lmm.parameters() if p.requires_grad]
@@ -88,7 +90,7 @@ class Trainer:
         start = self.states.load()
         if start:
             log.info("stage %s goes on after step %d", self.spec.name, start)
-        previous = _handled(self._ask_to_stop)
+        previous = _on_signals(self._ask_to_stop)
         try:
             with (
                 self.group.others_there(),
@@ -272,13 +274,17 @@ def _ids_of(batches: Sequence[Batch]) -> Callable[[], list[str]]:
     return lambda: [name for batch in batches for name in batch.sample_ids]
 
 
-def _handled(handler: Any) -> dict[signal.Signals, Any]:
+def _on_signals(handler: Any) -> dict[signal.Signals, Any]:
     """Handle SIGTERM and Ctrl-C for a while; gives the handlers before that.
 
-    Outside the main thread that cannot be.
+    Only in the main thread, and Ctrl-C only where it would end the program: a shell lets jobs in
+    the background ignore it, and an application may have a use of its own for it.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    asking = (signal.SIGTERM, signal.SIGINT)
+    asking = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        asking.append(signal.SIGINT)
     former = {number: signal.signal(number, handler) for number in asking}
+    # None is a handler that Python did not set, and cannot set again.
     return {number: one for number, one in former.items() if one is not None}
