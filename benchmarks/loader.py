@@ -183,7 +183,8 @@ def samples_of(files: list[Path]) -> list[Sample]:
 
 def batch_of(processor: Processor, files: list[Path]) -> Any:
     """A training batch of one question on each file."""
-    encoded = [processor.encode(sample) for sample in samples_of(files)]
+    room = processor.room(len(files))
+    encoded = [processor.encode(sample, room=room) for sample in samples_of(files)]
     return collate(encoded, processor.pad_id)
 
 
@@ -267,7 +268,8 @@ opened = time.perf_counter()
 
 class Plain:
     image_tokens, pad_id = 576, 0
-    def encode(self, sample, max_tokens=None): return sample.id
+    def encode(self, sample, max_tokens=None, room=None): return sample.id
+    def room(self, images): return None
 
 loader = Loader(Mixture([Part(source)], 0), Plain(), 128, 0, workers=int(sys.argv[2]),
                 collate=lambda rows, pad: rows)

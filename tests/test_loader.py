@@ -134,7 +134,10 @@ class FakeProcessor:
     def __init__(self) -> None:
         self.threads: set[str] = set()
 
-    def encode(self, sample: Sample, max_tokens: int | None = None) -> Any:
+    def room(self, images: int) -> None:
+        return None
+
+    def encode(self, sample: Sample, max_tokens: int | None = None, room: object = None) -> Any:
         self.threads.add(threading.current_thread().name)
         length = len(sample.messages[0].text)
         if max_tokens is not None and length > max_tokens:
@@ -252,7 +255,9 @@ def test_preparing_ahead_is_bounded() -> None:
     count = 0
 
     class Counting(FakeProcessor):
-        def encode(self, sample: Sample, max_tokens: int | None = None) -> Any:
+        def encode(
+            self, sample: Sample, max_tokens: int | None = None, room: object = None
+        ) -> Any:
             nonlocal count
             count += 1
             return processor.encode(sample, max_tokens)

@@ -83,7 +83,7 @@ def open_image(
         image = _identify(file, name, where)
         _check_size(image.size, max_pixels, name, where)
         _note_frames(image, name, where)
-        return _decode(image, name, where, transparency)
+        return _decode(image, name, where, transparency, ours=True)
 
 
 class ImageHeader(NamedTuple):
@@ -224,8 +224,14 @@ def _note_frames(image: PIL.Image.Image, name: str, where: str) -> None:
 
 
 def _decode(
-    image: PIL.Image.Image, name: str, where: str, transparency: Transparency
+    image: PIL.Image.Image,
+    name: str,
+    where: str,
+    transparency: Transparency,
+    *,
+    ours: bool = False,
 ) -> PIL.Image.Image:
+    """Upright RGB; a picture that is `ours`, read by nobody else, may become that itself."""
     try:
         with _pillow_limit if image.format in _ICONS else nullcontext():
             image.load()
@@ -233,6 +239,9 @@ def _decode(
         raise _error(where, name, f"is truncated or damaged ({error})") from error
     # After load(), because Pillow turns TIFF pictures upright while it loads them.
     upright = _UPRIGHT.get(_orientation(image))
+    if ours and upright is None and image.format == "JPEG" and image.mode == "RGB":
+        image.info = {}
+        return image
     try:
         rgb = _to_rgb(image, transparency)
     except ValueError as error:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pumice.processing.collate import Batch
     from pumice.processing.encoded import Encoded
+    from pumice.processing.view_room import ViewRoom
 
 log = get_logger(__name__)
 
@@ -49,7 +50,11 @@ class Encoder(Protocol):
     @property
     def pad_id(self) -> int: ...
 
-    def encode(self, sample: Sample, max_tokens: int | None = None) -> Encoded: ...
+    def room(self, images: int) -> ViewRoom | None: ...
+
+    def encode(
+        self, sample: Sample, max_tokens: int | None = None, *, room: ViewRoom | None = None
+    ) -> Encoded: ...
 
 
 class Loader:
@@ -169,12 +174,11 @@ class Loader:
         return [[rows[place] for place in row] for row in packed[self.rank :: self.world_size]]
 
     def _make(self, rows: list[Row]) -> list[Batch]:
-        return [
-            self._collate_with([self._encode(*row) for row in some])
-            for some in self.micro_rows(rows)
-        ]
+        return [self._together(some) for some in self.micro_rows(rows)]
 
-    def _collate_with(self, encoded: list[Encoded]) -> Batch:
+    def _together(self, rows: list[Row]) -> Batch:
+        room = self.processor.room(sum(self._source_size(row)[1] for row in rows))
+        encoded = [self._encode(*row, room) for row in rows]
         if self._collate is None:
             # At the first batch, because it brings torch with it.
             from pumice.processing.collate import collate, collate_packed
@@ -182,9 +186,9 @@ class Loader:
             self._collate = collate if self.packing is None else collate_packed
         return self._collate(encoded, self.processor.pad_id)
 
-    def _encode(self, source: int, row: int) -> Encoded:
+    def _encode(self, source: int, row: int, room: ViewRoom | None = None) -> Encoded:
         sample = self.mixture.parts[source].source[row]
-        encoded = self.processor.encode(sample, self.max_tokens)
+        encoded = self.processor.encode(sample, self.max_tokens, room=room)
         if self.sizes is not None:
             self.sizes.check((source, row), encoded)
         return encoded

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from pumice.core.errors import PumiceError
 from pumice.models.connectors import Instruction
 from pumice.models.constants import IGNORE
 from pumice.processing.encoded import Encoded
+from pumice.processing.view_room import in_one
 
 
 @dataclass
@@ -61,16 +63,18 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """Conversations padded on the right -> long[B, T] ids, labels, positions; float[N, 3, S, S]."""
     _check_some(encoded)
     lengths = [len(one.input_ids) for one in encoded]
-    longest = max(lengths)
-    input_ids = torch.full((len(encoded), longest), pad_id, dtype=torch.long)
-    labels = torch.full_like(input_ids, IGNORE)
-    position_ids = torch.empty_like(input_ids)
+    shape = len(encoded), max(lengths)
+    # In numpy, which reads a list of numbers in a quarter of torch's time.
+    input_ids = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORE, np.int64)
+    position_ids = np.empty(shape, np.int64)
+    places = np.arange(shape[1])
     for row, (one, length) in enumerate(zip(encoded, lengths, strict=True)):
-        input_ids[row, :length] = torch.tensor(one.input_ids, dtype=torch.long)
-        labels[row, :length] = torch.tensor(one.labels, dtype=torch.long)
-        position_ids[row, :length] = torch.arange(length)
-        position_ids[row, length:] = torch.arange(longest - length)
-    return _batch(encoded, input_ids, labels, position_ids)
+        input_ids[row, :length] = one.input_ids
+        labels[row, :length] = one.labels
+        position_ids[row, :length] = places[:length]
+        position_ids[row, length:] = places[: shape[1] - length]
+    return _batch(encoded, *map(torch.from_numpy, (input_ids, labels, position_ids)))
 
 
 def collate_packed(encoded: Sequence[Encoded], pad_id: int) -> Batch:
@@ -101,7 +105,7 @@ def _batch(
         input_ids=input_ids,
         labels=labels,
         position_ids=position_ids,
-        pixel_values=torch.cat([one.pixel_values for one in encoded]),
+        pixel_values=in_one([one.pixel_values for one in encoded]),
         grids=torch.tensor(
             [grid for one in encoded for grid in one.grids], dtype=torch.long
         ).reshape(-1, 2),

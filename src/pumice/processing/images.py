@@ -99,34 +99,37 @@ class ImageSpec:
         return cls(**settings)
 
 
-def preprocess(image: PIL.Image.Image, spec: ImageSpec) -> torch.Tensor:
-    """RGB picture -> float[3, S, S], normalised float32."""
+def preprocess(
+    image: PIL.Image.Image, spec: ImageSpec, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """RGB picture -> float[3, S, S], normalised float32; `out`, contiguous, if it is given."""
     if image.mode != "RGB":
         raise PumiceError(
             f"a picture of mode {image.mode} was given; RGB is needed. Open it with "
             f"pumice.core.images.open_image, which converts every kind rightly."
         )
-    values = np.empty((3, spec.size, spec.size), np.float32)
+    if out is None:
+        out = torch.empty(3, spec.size, spec.size)
+    values = out.numpy()
     if spec.mode == "pad" and spec.resample == "bicubic" and pays(image, spec.size, LARGEST):
-        return torch.from_numpy(_shrunk(image, spec, values))
+        _fill_shrunk(image, spec, values)
+        return out
     fit = {"pad": _pad, "crop": _crop, "resize": _resize}[spec.mode]
     # Pillow's own way to lay the colours of a row one after the other: one pass instead of three.
     lines = np.frombuffer(fit(image, spec).tobytes("raw", "RGB;L"), np.uint8)
     levels = lines.reshape(spec.size, 3, spec.size)
-    return torch.from_numpy(_normalised(levels.swapaxes(0, 1), spec, out=values))
+    _normalised(levels.swapaxes(0, 1), spec, out=values)
+    return out
 
 
-def _shrunk(
-    image: PIL.Image.Image, spec: ImageSpec, values: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """A padded picture that becomes smaller, the quick way; fills float32[3, S, S]."""
+def _fill_shrunk(image: PIL.Image.Image, spec: ImageSpec, values: NDArray[np.float32]) -> None:
+    """A padded picture that becomes smaller, the quick way -> float32[3, S, S]."""
     levels, top, left = shrink_padded(image, spec.size, spec.canvas_color)
     bottom, right = top + levels.shape[0], left + levels.shape[2]
     color = _normalised(np.array(spec.canvas_color)[:, None, None], spec)
     values[:, :top] = values[:, bottom:] = color
     values[:, top:bottom, :left] = values[:, top:bottom, right:] = color
     _normalised(levels.swapaxes(0, 1), spec, out=values[:, top:bottom, left:right])
-    return values
 
 
 def _normalised(

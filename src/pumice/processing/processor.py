@@ -35,6 +35,7 @@ from pumice.processing.processor_file import (
 from pumice.processing.templates import BOS, EOS, TEMPLATES, Segment, Template, Token
 from pumice.processing.text_encoder import TextEncoder
 from pumice.processing.tiles import cut_views
+from pumice.processing.view_room import ViewRoom, in_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -124,17 +125,26 @@ class Processor:
             text_encoder=self._text,
         )
 
-    def encode(self, sample: Sample, max_tokens: int | None = None, pixels: bool = True) -> Encoded:
+    def encode(
+        self,
+        sample: Sample,
+        max_tokens: int | None = None,
+        pixels: bool = True,
+        room: ViewRoom | None = None,
+    ) -> Encoded:
         """A training conversation; pixel_values float[N, 3, S, S], without `pixels` N = 0.
 
+        They are laid into `room`, which a batch has, while there is some and images are not tiled.
         More than `max_tokens` tokens (image tokens counted) is an error; nothing is cut off.
         """
         where = f"sample {sample.id!r}" + (f" ({sample.source})" if sample.source else "")
-        encoded = self._encode(
-            sample.messages, where, open_turn=False, max_tokens=max_tokens, pixels=pixels
-        )
+        encoded = self._encode(sample.messages, where, False, max_tokens, pixels, room)
         encoded.sample_id = sample.id
         return encoded
+
+    def room(self, images: int) -> ViewRoom | None:
+        """Room for the views of a batch with so many images; None where their number is open."""
+        return ViewRoom(images, self.image_spec.size) if self.image_spec.tiling is None else None
 
     def encode_prompt(
         self,
@@ -149,9 +159,7 @@ class Processor:
         Nothing in it is learnt. `pixels` False leaves the images unopened (N = 0), for callers that
         keep image features.
         """
-        encoded = self._encode(
-            messages, where, open_turn=True, max_tokens=max_tokens, pixels=pixels
-        )
+        encoded = self._encode(messages, where, True, max_tokens, pixels)
         encoded.labels = [IGNORE] * len(encoded.input_ids)
         return encoded
 
@@ -166,12 +174,15 @@ class Processor:
         answers = [Segment("text", f"{before}{text}", learn=True) for text in texts]
         return [self._piece(answer, prompt[-1], where) for answer in answers]
 
-    def load_image(self, image: ImagePart, where: str = "") -> tuple[torch.Tensor, tuple[int, int]]:
+    def load_image(
+        self, image: ImagePart, where: str = "", room: ViewRoom | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
         """One image opened and prepared -> float[V, 3, S, S], its views, and width and height."""
         opened = open_image(image.image, where=where, transparency=self.image_spec.transparency)
         plan = self.plan(opened.size)
         if plan is None:
-            return preprocess(opened, self.image_spec).unsqueeze(0), opened.size
+            into = room.take() if room else None
+            return preprocess(opened, self.image_spec, into).unsqueeze(0), opened.size
         return cut_views(opened, plan, self.image_spec), opened.size
 
     def plan(self, size: tuple[int, int]) -> ImagePlan | None:
@@ -271,10 +282,10 @@ class Processor:
         self,
         messages: Sequence[Message],
         where: str,
-        *,
         open_turn: bool,
         max_tokens: int | None,
         pixels: bool,
+        room: ViewRoom | None = None,
     ) -> Encoded:
         segments = self.template.segments(
             messages, open_turn=open_turn, system=self.system, where=where
@@ -291,7 +302,7 @@ class Processor:
                 "Shorten it, raise max_tokens, or take it out of the data."
             )
         # Only now: what is too long is refused before its images are decoded.
-        views, opened = self._views(images if pixels else [], where)
+        views, opened = self._views(images if pixels else [], where, room)
         sizes = opened or sizes
         return Encoded(
             ids,
@@ -359,14 +370,12 @@ class Processor:
         return self._text.after_text(last.text, segment.text, where)
 
     def _views(
-        self, images: Sequence[ImagePart], where: str
+        self, images: Sequence[ImagePart], where: str, room: ViewRoom | None
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """The views of all images, float[N, 3, S, S], and each image's width and height."""
-        pairs = [self.load_image(image, at) for image, at in _named(images, where)]
-        views = [view for view, _ in pairs]
-        if len(views) != 1:  # One alone need not be copied.
-            views = [torch.cat([torch.empty(0, 3, *[self.image_spec.size] * 2), *views])]
-        return views[0], [size for _, size in pairs]
+        pairs = [self.load_image(image, at, room) for image, at in _named(images, where)]
+        none = torch.empty(0, 3, *[self.image_spec.size] * 2)
+        return in_one([none, *(view for view, _ in pairs)]), [size for _, size in pairs]
 
     def _find_tokens(self) -> dict[Token, int]:
         """Ids of the template's special tokens; BOS alone may be missing."""
