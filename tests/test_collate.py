@@ -9,9 +9,11 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Sample, assistant, user
 from pumice.models.constants import IGNORE
+from pumice.models.tiling import TilingSpec
 from pumice.processing.collate import collate
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
+from pumice.processing.view_room import in_one
 from tokenizers_zoo import tokenizer
 
 PICTURE = PIL.Image.linear_gradient("L").convert("RGB")
@@ -49,3 +51,34 @@ def test_batch_of_texts_alone_has_no_picture() -> None:
     assert batch.pixel_values.shape == (0, 3, 12, 12) and batch.grids.shape == (0, 2)
     with pytest.raises(PumiceError, match="empty list"):
         collate([], 0)
+
+
+def test_views_are_made_where_the_batch_has_them() -> None:
+    made = processor("llama")
+    grey = PIL.Image.new("RGB", (30, 20), "grey")
+    talks = [
+        (user("Q"), assistant("A")),
+        (user("Q", PICTURE, grey), assistant("A")),
+        (user("Q", grey), assistant("A")),
+    ]
+    samples = [Sample(str(number), talk) for number, talk in enumerate(talks)]
+    expected = collate([made.encode(sample) for sample in samples], made.pad_id).pixel_values
+
+    def filled(images: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        room = made.room(images)
+        rows = [made.encode(sample, room=room) for sample in samples]
+        return collate(rows, made.pad_id).pixel_values, [row.pixel_values for row in rows]
+
+    together, views = filled(3)
+    assert together.equal(expected) and together.is_contiguous()
+    assert together.data_ptr() == views[1].data_ptr()
+    assert together[2].data_ptr() == views[2].data_ptr()
+    # With less room than views, or in another order, they are copied.
+    short, _ = filled(2)
+    assert short.equal(expected)
+    assert in_one(views[::-1]).equal(expected[[2, 0, 1]])
+
+
+def test_tiled_images_have_no_room_of_their_own() -> None:
+    tiled = ImageSpec(mode="pad", size=12, tiling=TilingSpec("hd", 12, max_tiles=4))
+    assert Processor(tokenizer("llama"), tiled, "vicuna_v1", "", 3, view_side=2).room(3) is None

@@ -72,6 +72,15 @@ def test_every_exif_orientation_comes_out_upright(kind: str, orientation: int) -
     assert np.array_equal(np.asarray(open_image(opened)), np.asarray(opened))
 
 
+def test_what_a_file_says_besides_its_pixels_is_not_carried_on() -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x010F] = 1, "maker"
+    opened = open_image(encoded(picture(24, 16), "JPEG", exif=exif, comment=b"private"))
+    assert opened.info == {} and type(opened.copy()) is PIL.Image.Image
+    assert b"private" not in encoded(opened, "JPEG") and b"maker" not in encoded(opened, "JPEG")
+    assert b"maker" not in encoded(opened, "PNG") and b"maker" not in encoded(opened, "WEBP")
+
+
 def test_an_opened_picture_is_turned_and_left_as_it_was() -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6

@@ -133,9 +133,10 @@ class FakeProcessor:
 
     def __init__(self) -> None:
         self.threads: set[str] = set()
+        self.rooms: list[int] = []
 
     def room(self, images: int) -> None:
-        return None
+        self.rooms.append(images)
 
     def encode(self, sample: Sample, max_tokens: int | None = None, room: object = None) -> Any:
         self.threads.add(threading.current_thread().name)
@@ -255,9 +256,7 @@ def test_preparing_ahead_is_bounded() -> None:
     count = 0
 
     class Counting(FakeProcessor):
-        def encode(
-            self, sample: Sample, max_tokens: int | None = None, room: object = None
-        ) -> Any:
+        def encode(self, sample: Sample, max_tokens: int | None = None, room: object = None) -> Any:
             nonlocal count
             count += 1
             return processor.encode(sample, max_tokens)
@@ -298,6 +297,15 @@ def test_the_length_estimate_counts_images() -> None:
     loader = make_loader(mixture=Mixture([Part(Pictures(80))], 0), group_by_length=True)
     kinds = [{row % 2 for _, row in loader.rows_at(step)} for step in range(10)]
     assert all(len(kind) == 1 for kind in kinds) and {0} in kinds and {1} in kinds
+
+
+def test_a_batch_has_room_for_its_images() -> None:
+    processor = FakeProcessor()
+    mixture = Mixture([Part(Pictures(80))], 0)
+    loader = make_loader(mixture=mixture, processor=processor, micro_batch_size=4)
+    loader.micro_batches_at(0)
+    shown = [Pictures(80).size(row)[1] for _, row in loader.rows_at(0)]
+    assert processor.rooms == [sum(shown[:4]), sum(shown[4:])]
 
 
 @pytest.mark.parametrize("by_length", [False, True])

@@ -58,6 +58,7 @@ def test_every_level_is_pillows(kind: str, width: int, height: int, size: int, s
     ("width", "height", "size"),
     [
         (3000, 2000, 336),
+        (3000, 2000, 1024),
         (640, 480, 336),
         (480, 640, 336),
         (337, 337, 336),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -104,7 +105,9 @@ def shrink_padded(image: PIL.Image.Image, size: int, color: Color) -> Shrunk:
 
 def _used(bands: Bands, start: int, length: int) -> Bands:
     """Blocks that are made of anything of so many places from `start`."""
-    return tuple(b for b in bands if b[1].start < start + length and start < b[1].stop)
+    first = bisect_right(bands, start, key=lambda band: band[1].stop)
+    last = bisect_left(bands, start + length, key=lambda band: band[1].start)
+    return bands[first:last]
 
 
 def _filter_rows(
