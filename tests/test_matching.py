@@ -138,7 +138,7 @@ def test_files_of_another_form_are_named(
         make(tmp_path)
     dump(tmp_path / file, content)
     answers = dump_lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "x"}])
-    with pytest.raises(DataError, match=f"{name}: .*Take the.* official file"):
+    with pytest.raises(DataError, match=f"{name}.*Take the.* official file"):
         rescore(BENCHMARKS[name], tmp_path, answers)
 
 

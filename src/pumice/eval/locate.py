@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -57,8 +58,17 @@ def check_data_dir(data_dir: Path) -> None:
 
 
 def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
-    """The benchmark's items, at least one; files of another form are a DataError."""
+    """The benchmark's items, at least one; files of another form are a DataError.
+
+    So is an id that two items have: one answer would count for both.
+    """
     items = well_formed(lambda: benchmark.load(data_dir), f"{benchmark.name}: {data_dir}")
+    twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{benchmark.name}: {len(twice)} ids in {data_dir} belong to more than one question "
+            f"(the first: {twice[0]!r}), so answers cannot be told apart. Take the official file."
+        )
     if not items:
         raise DataError(
             f"{benchmark.name}: its official file in {data_dir} holds no question. Take the "
@@ -109,17 +119,46 @@ def load_all(benchmarks: Sequence[Benchmark], data_dir: Path) -> dict[str, list[
     )
 
 
-def require(row: object, names: Collection[str], where: str) -> None:
-    """An error when an official row lacks something that the benchmark reads."""
+def require(
+    row: object,
+    names: Collection[str],
+    where: str,
+    *,
+    texts: Collection[str] = (),
+    ids: Collection[str] = (),
+) -> None:
+    """An error when an official row lacks something that the benchmark reads.
+
+    Of the names `texts` must be strings, and `ids` strings or whole numbers.
+    """
     if not isinstance(row, dict):
         given = f"it is a {type(row).__name__}"
     elif absent := [name for name in names if name not in row]:
         given = f"{', '.join(absent)} absent; it has {', '.join(map(str, row)) or 'nothing'}"
+    elif odd := [name for name in texts if not isinstance(row[name], str)]:
+        given = f"{odd[0]} is {row[odd[0]]!r:.80}, where a text belongs"
+    elif odd := [name for name in ids if not is_id(row[name])]:
+        given = f"{odd[0]} is {row[odd[0]]!r:.80}, where a text or a whole number belongs"
     else:
         return
     raise DataError(
         f"{where}: this is not the official format: {given}. Needed: {', '.join(names)}. Take the "
         f"benchmark's official file."
+    )
+
+
+def is_id(value: object) -> bool:
+    """Whether a JSON value can name something."""
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def texts_in(values: object, what: str, where: str) -> list[str]:
+    """A list of strings from an official file; a DataError where it is something else."""
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return values
+    raise DataError(
+        f"{where}: this is not the official format: {what} are {values!r:.120}, where a list of "
+        f"texts belongs. Take the benchmark's official file."
     )
 
 

@@ -26,7 +26,13 @@ def read_questions(path: Path, find_image: ImageFinder, benchmark: Benchmark) ->
         )
     items = []
     for number, row in read_jsonl(path):
-        require(row, ("question_id", "image", "text"), f"{path}, line {number}")
+        require(
+            row,
+            ("question_id", "image", "text"),
+            f"{path}, line {number}",
+            texts=("image", "text"),
+            ids=("question_id",),
+        )
         items.append(
             Item(
                 id=str(row["question_id"]),

@@ -110,7 +110,7 @@ def _write_json(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _seed_bench(out: Path, told: Sequence[Told]) -> None:
-    rows = [{"question_id": item.id, "prediction": text} for item, text in told]
+    rows = [{"question_id": item.extra["question_id"], "prediction": text} for item, text in told]
     write_atomic(out, "".join(json.dumps(row) + "\n" for row in rows))
 
 

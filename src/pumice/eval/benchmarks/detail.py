@@ -49,7 +49,13 @@ class Detail(Benchmark):
         )
         items = []
         for number, row in read_jsonl(questions_file):
-            require(row, ("question_id", "image", "text"), f"{questions_file}, line {number}")
+            require(
+                row,
+                ("question_id", "image", "text"),
+                f"{questions_file}, line {number}",
+                texts=("image", "text"),
+                ids=("question_id",),
+            )
             image = row["image"]
             if Path(image).name not in ids:
                 raise DataError(

@@ -41,7 +41,11 @@ class GQA(Benchmark):
         find_image = ImageFinder(data_dir, self.name)
         items = []
         for name, question in questions.items():
-            require(question, _NEEDED, f"{file}, question {name}")
+            where = f"{file}, question {name}"
+            require(question, _NEEDED, where, texts=("question", "imageId", "answer"))
+            kinds = ("structural", "semantic")
+            require(question["types"], kinds, f"{where}, types", texts=kinds)
+            require(question["groups"], ("global",), f"{where}, groups")
             if question["isBalanced"]:
                 items.append(self._item(name, question, find_image))
         if not items:

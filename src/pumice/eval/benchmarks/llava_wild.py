@@ -17,7 +17,14 @@ from pumice.core.errors import DataError
 from pumice.core.files import read_json, read_jsonl, sha256_bytes
 from pumice.eval.benchmark import Floats, Item, Sums, mean_of, percent, ratio
 from pumice.eval.judged_benchmark import Attempt, JudgedBenchmark, Message, runs_of
-from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, in_folders, require
+from pumice.eval.locate import (
+    ImageFinder,
+    find_file,
+    find_file_if_any,
+    in_folders,
+    require,
+    texts_in,
+)
 from pumice.eval.rubric import overlap
 from pumice.eval.verdicts import Values, Verdict
 
@@ -59,7 +66,8 @@ class LlavaWild(JudgedBenchmark):
         items = []
         for number, row in read_jsonl(file):
             where = f"{file}, line {number}"
-            require(row, ("question_id", "image", "category", "text"), where)
+            names = ("question_id", "image", "category", "text")
+            require(row, names, where, texts=names[1:], ids=names[:1])
             name, category = str(row["question_id"]), row["category"]
             if category not in CATEGORIES:
                 raise DataError(
@@ -180,7 +188,8 @@ class LlavaWild(JudgedBenchmark):
         names = [f"llava_bench_{category}" for category in CATEGORIES]
         require(content, names, str(file))
         for name in names:
-            require(content[name], ("role", "prompt"), f"{file}, {name}")
+            words = ("role", "prompt")
+            require(content[name], words, f"{file}, {name}", texts=words)
         rules = {
             category: {"role": content[name]["role"], "rule": content[name]["prompt"]}
             for category, name in zip(CATEGORIES, names, strict=True)
@@ -198,16 +207,18 @@ def _contexts(file: Path) -> dict[str, str]:
     """What the judge is told about each image."""
     found = {}
     for number, row in read_jsonl(file):
-        require(row, ("image", "caption"), f"{file}, line {number}")
-        caption = row["caption"]
-        found[row["image"]] = "\n".join(caption) if isinstance(caption, list) else caption
+        where, caption = f"{file}, line {number}", row.get("caption")
+        require(row, ("image", "caption"), where, texts=("image",))
+        lines = caption if isinstance(caption, list) else [caption]
+        found[row["image"]] = "\n".join(texts_in(lines, "its captions", where))
     return found
 
 
 def _references(file: Path) -> dict[str, str]:
     found = {}
     for number, row in read_jsonl(file):
-        require(row, ("question_id", "text"), f"{file}, line {number}")
+        names = ("question_id", "text")
+        require(row, names, f"{file}, line {number}", texts=("text",), ids=("question_id",))
         found[str(row["question_id"])] = row["text"]
     return found
 

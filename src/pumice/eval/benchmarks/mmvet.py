@@ -17,7 +17,14 @@ from pumice.core.errors import DataError
 from pumice.core.files import read_json, sha256_bytes
 from pumice.eval.benchmark import Answer, Floats, Item, Matching, Sums, percent
 from pumice.eval.judged_benchmark import Attempt, JudgedBenchmark, Message
-from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, in_folders, require
+from pumice.eval.locate import (
+    ImageFinder,
+    find_file,
+    find_file_if_any,
+    in_folders,
+    require,
+    texts_in,
+)
 from pumice.eval.rubric import AND, OR, keyword_share, plain_truth
 from pumice.eval.verdicts import Values, Verdict
 
@@ -71,8 +78,10 @@ class MMVet(JudgedBenchmark):
         items = []
         for name, row in content.items():
             where = f"{file}, {name}"
-            require(row, ("imagename", "question", "answer", "capability"), where)
-            unknown = sorted(set(row["capability"]) - set(CAPABILITIES))
+            names = ("imagename", "question", "answer", "capability")
+            require(row, names, where, texts=names[:3])
+            unknown = sorted(set(texts_in(row["capability"], "its capabilities", where)))
+            unknown = [capability for capability in unknown if capability not in CAPABILITIES]
             if unknown or not row["capability"]:
                 raise DataError(
                     f"{where}: the capabilities are {row['capability']}; MM-Vet has "

@@ -31,6 +31,7 @@ from pumice.eval.locate import ImageFinder, find_file_if_any, require
 
 # Where each category's question ids start in LLaVA's one question file for all three.
 LLAVA_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+_NEEDED = ("question_id", "image", "text", "label")
 _FOLDERS = ("", "coco/", "output/coco/")
 _SHIFTED = ("popular", "random")  # From the largest offset down.
 _NO = frozenset({"No", "not", "no"})
@@ -74,11 +75,12 @@ class Pope(Benchmark):
     def _read_labels(self, path: Path, category: str, find_image: ImageFinder) -> list[Item]:
         items = []
         for number, row in read_jsonl(path):
-            require(row, ("question_id", "image", "text", "label"), f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            require(row, _NEEDED, where, texts=_NEEDED[1:], ids=_NEEDED[:1])
             if row["label"] not in ("yes", "no"):
                 raise DataError(
-                    f"{path}, line {number}: the label is {row['label']!r}; yes or no are allowed. "
-                    f"Take the official file."
+                    f"{where}: the label is {row['label']!r}; yes or no are allowed. Take the "
+                    f"official file."
                 )
             items.append(
                 Item(

@@ -39,7 +39,13 @@ class RefCoco(Benchmark):
         find_image = ImageFinder(data_dir, self.name)
         items = []
         for index, row in enumerate(content["annotations"]):
-            require(row, ("id", "image_id", "bbox", "caption"), f"{file}, annotation {index}")
+            require(
+                row,
+                ("id", "image_id", "bbox", "caption"),
+                f"{file}, annotation {index}",
+                texts=("caption",),
+                ids=("id", "image_id"),
+            )
             image = images.get(row["image_id"])
             if image is None or min(image["width"], image["height"]) <= 0:
                 raise DataError(

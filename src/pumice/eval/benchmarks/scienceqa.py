@@ -24,7 +24,7 @@ from pumice.eval.benchmark import (
     Sums,
     percent,
 )
-from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require
+from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require, texts_in
 from pumice.processing.response_formats import LETTER, letter_prompt, with_format
 
 LETTERS = "ABCDE"
@@ -125,8 +125,13 @@ class ScienceQA(Benchmark):
 
 
 def _item(name: str, problem: dict[str, Any], file: Path, find_image: ImageFinder) -> Item:
-    require(problem, ("question", "choices", "answer"), f"{file}, problem {name}")
-    choices = problem["choices"]
+    where = f"{file}, problem {name}"
+    # None and "" both say that there is no hint or no image.
+    problem = {name: value for name, value in problem.items() if value is not None}
+    told = [key for key in ("hint", "image", "subject") if key in problem]
+    names = ("question", "choices", "answer", *told)
+    require(problem, names, where, texts=("question", *told), ids=("answer",))
+    choices = texts_in(problem["choices"], "its choices", where)
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= problem["answer"] < len(choices):
         raise DataError(
             f"scienceqa: problem {name} of {file} has {len(choices)} choices and answer "

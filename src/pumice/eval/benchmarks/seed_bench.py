@@ -1,19 +1,22 @@
 """SEED-Bench: multiple choice about images and, by the frame in their middle, about videos.
 
 Official files: SEED-Bench.json; SEED-Bench-image/<data_id>; the videos of the three data sets, or
-LLaVA's frames SEED-Bench-video-image/<type>_<question_id>.png.
+LLaVA's frames SEED-Bench-video-image/<type>_<question_id>.png. The published file gives the id
+49914 to two questions; here the second is "49914#2".
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import DataError
 from pumice.core.files import read_json
 from pumice.core.log import get_logger
-from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, percent
+from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
 from pumice.eval.locate import ImageFinder, find_file, require
 from pumice.eval.video_frames import Span, frame_file, save_middle_frame
 from pumice.processing.response_formats import LETTER, with_format
@@ -48,20 +51,47 @@ class SeedBench(Benchmark):
         file = find_file(data_dir, self.name, [f"{place}{FILE}" for place in folders])
         content = read_json(file)
         require(content, ("questions", "question_type"), str(file))
-        names = {number: name for name, number in content["question_type"].items()}
+        kinds = {number: name for name, number in content["question_type"].items()}
         find_image = ImageFinder(data_dir, self.name)
         items = []
+        named: Counter[str] = Counter()
         for index, row in enumerate(content["questions"]):
             where = f"{file}, question {index}"
-            require(row, (*_NEEDED, *(f"choice_{letter}" for letter in "abcd")), where)
-            if row["data_type"] not in ("image", "video") or row["answer"] not in _LETTERS:
+            names = (*_NEEDED, *(f"choice_{letter}" for letter in "abcd"))
+            require(row, names, where, texts=("question",), ids=("data_id", "question_id"))
+            if row["data_type"] not in ("image", "video") or row["answer"] not in tuple(_LETTERS):
                 raise DataError(
                     f"{where}: data_type {row['data_type']!r} and answer {row['answer']!r}; image "
                     f"or video, and A to D, are allowed. Take the official file."
                 )
+            name = str(row["question_id"])
+            named[name] += 1
             if self.chosen["part"] in ("all", row["data_type"]):
-                items.append(_item(row, names, find_image, data_dir))
+                item = _item(row, kinds, find_image, data_dir)
+                items.append(replace(item, id=_nth(name, named[name])))
         return items
+
+    def match(self, answers: Sequence[Answer], items: Sequence[Item], source: str) -> Matching:
+        """By id; of several rows with an id that several questions have, each is one's answer.
+
+        A single row counts for all of them, as in LLaVA's scorer.
+        """
+        rows = Counter(answer.id for answer in answers)
+        places = _places(items)
+        given: Counter[str] = Counter()
+        named = []
+        for answer in answers:
+            same = places.get(answer.id, [answer.id])
+            if rows[answer.id] > 1:
+                named.append(replace(answer, id=same[given[answer.id] % len(same)]))
+                given[answer.id] += 1
+                continue
+            alone = [name for name in same if name == answer.id or name not in rows]
+            if len(alone) > 1:
+                # To which of the questions it was given is not known.
+                answer = replace(answer, prompt=None, prompt_hash=None)
+            named += [replace(answer, id=name) for name in alone]
+        return super().match(named, items, source)
 
     def prepare(self, items: Sequence[Item]) -> None:
         """Takes the frames in the middle of the videos, for those that are not there yet.
@@ -117,6 +147,19 @@ class SeedBench(Benchmark):
         }
 
 
+def _nth(name: str, number: int) -> str:
+    """The id of the n-th question that the file gives this id."""
+    return name if number == 1 else f"{name}#{number}"
+
+
+def _places(items: Sequence[Item]) -> dict[str, list[str]]:
+    """The ids of the questions to which the file gives the same id, by that id."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        found[item.extra["question_id"]].append(item.id)
+    return found
+
+
 def _item(
     row: dict[str, Any], names: dict[int, str], find_image: ImageFinder, data_dir: Path
 ) -> Item:
@@ -138,7 +181,7 @@ def _item(
         truth=row["answer"],
         group=data_id,
         category=names.get(kind, str(kind)),
-        extra={"kind": row["data_type"], "video": video},
+        extra={"kind": row["data_type"], "video": video, "question_id": name},
     )
 
 

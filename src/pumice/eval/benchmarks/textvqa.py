@@ -17,7 +17,7 @@ from pumice.core.errors import DataError
 from pumice.core.files import read_json, read_jsonl
 from pumice.eval.answers import prepare, vqa_accuracy
 from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
-from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require
+from pumice.eval.locate import ImageFinder, find_file, find_file_if_any, require, texts_in
 from pumice.processing.response_formats import OCR_TOKENS, SHORT, with_format
 
 FILE = "TextVQA_0.5.1_val.json"
@@ -54,8 +54,9 @@ class TextVQA(Benchmark):
         items = []
         for index, row in enumerate(content["data"]):
             where = f"{file}, question {index}"
-            require(row, ("question_id", "image_id", "question", "answers"), where)
-            if len(row["answers"]) != _ANNOTATORS:
+            names = ("question_id", "image_id", "question", "answers")
+            require(row, names, where, texts=("image_id", "question"), ids=("question_id",))
+            if len(texts_in(row["answers"], "its answers", where)) != _ANNOTATORS:
                 raise DataError(
                     f"{where}: it has {len(row['answers'])} answers, {_ANNOTATORS} are needed. "
                     f"Take the official file."
@@ -145,7 +146,8 @@ def _ocr_tokens(data_dir: Path) -> dict[Key, str]:
         return {(row["image_id"], ""): ", ".join(row["ocr_tokens"]) for row in rows}
     found = {}
     for number, row in read_jsonl(file):
-        require(row, ("question_id", "text"), f"{file}, line {number}")
+        names = ("question_id", "text")
+        require(row, names, f"{file}, line {number}", texts=names)
         lines = row["text"].split("\n")
         if len(lines) != 3 or not lines[1].startswith(OCR_TOKENS):
             raise DataError(f"{file}, line {number}: no line {OCR_TOKENS!r}. Take LLaVA's file.")

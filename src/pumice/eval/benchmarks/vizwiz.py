@@ -17,7 +17,7 @@ from pumice.core.errors import DataError
 from pumice.core.files import read_json
 from pumice.eval.answers import prepare, vqa_accuracy
 from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
-from pumice.eval.locate import ImageFinder, find_file, require
+from pumice.eval.locate import ImageFinder, find_file, require, texts_in
 from pumice.eval.question_files import read_questions
 
 
@@ -53,13 +53,15 @@ class VizWiz(Benchmark):
         items = []
         for index, row in enumerate(read_json(file)):
             where = f"{file}, question {index}"
-            require(row, ("image", "question", *(["answers"] if self.judged else [])), where)
+            asked = ("image", "question")
+            require(row, (*asked, *(["answers"] if self.judged else [])), where, texts=asked)
             items.append(self._item(index, row, find_image, where))
         return items
 
     def _item(self, index: int, row: dict[str, Any], find_image: ImageFinder, where: str) -> Item:
         split, image = self.chosen["split"], row["image"]
-        truths = [answer["answer"] for answer in row.get("answers", ())]
+        said = [answer["answer"] for answer in row.get("answers", ())]
+        truths = texts_in(said, "its annotators' answers", where)
         if split == "val" and not truths:
             raise DataError(f"{where}: it has no answers. Take the official val.json.")
         return Item(
@@ -69,7 +71,7 @@ class VizWiz(Benchmark):
             prompt=self.prompt(row["question"].capitalize()),
             truth=truths or None,
             group=image,
-            category=row.get("answer_type", ""),
+            category=str(row.get("answer_type", "")),
             extra={"image": image},
         )
 

@@ -25,11 +25,12 @@ from pumice.eval.benchmark import (
     percent,
     ratio,
 )
-from pumice.eval.locate import ImageFinder, find_file, require
+from pumice.eval.locate import ImageFinder, find_file, require, texts_in
 from pumice.eval.question_files import read_questions
 
 QUESTIONS = "v2_OpenEnded_mscoco_{split}_questions.json"
 LLAVA_QUESTIONS = "llava_vqav2_mscoco_{split}.jsonl"
+_NEEDED = ("question_id", "image_id", "question")
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
@@ -70,7 +71,7 @@ class VQAv2(Benchmark):
         items = []
         for index, question in enumerate(questions["questions"]):
             where = f"{questions_file}, question {index}"
-            require(question, ("question_id", "image_id", "question"), where)
+            require(question, _NEEDED, where, texts=_NEEDED[2:], ids=_NEEDED[:2])
             annotation = annotations.get(question["question_id"], {})
             if self.judged and not annotation.get("answers"):
                 raise DataError(
@@ -78,7 +79,7 @@ class VQAv2(Benchmark):
                     f"in {ANNOTATIONS}; each question needs its annotators' answers. Take "
                     f"both files from the same release and split."
                 )
-            items.append(self._item(question, annotation, subtype, find_image))
+            items.append(self._item(question, annotation, subtype, find_image, where))
         return items
 
     def _item(
@@ -87,10 +88,13 @@ class VQAv2(Benchmark):
         annotation: dict[str, Any],
         subtype: str,
         find_image: ImageFinder,
+        where: str,
     ) -> Item:
         # The questions of test-dev are asked of the images of test.
         folder = subtype.replace("test-dev", "test")
-        truths = [answer["answer"] for answer in annotation.get("answers", ())]
+        said = [answer["answer"] for answer in annotation.get("answers", ())]
+        truths = texts_in(said, "its annotators' answers", where)
+        kinds = [str(annotation.get(name, "")) for name in ("question_type", "answer_type")]
         named = annotation.get("multiple_choice_answer")
         usual = named or (Counter(truths).most_common(1)[0][0] if truths else "")
         name = f"COCO_{folder}_{question['image_id']:012d}.jpg"
@@ -100,8 +104,8 @@ class VQAv2(Benchmark):
             prompt=self.prompt(question["question"]),
             truth=truths or None,
             group=str(question["image_id"]),
-            category=annotation.get("question_type", ""),
-            extra={"answer_type": annotation.get("answer_type", ""), "most_frequent": usual},
+            category=kinds[0],
+            extra={"answer_type": kinds[1], "most_frequent": usual},
         )
 
     def _annotations(self, data_dir: Path) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,176 @@
+"""Official files and answers in which something is not as it should be: named, never scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_files import dump_lines, pope_files, science_files, vqa_files
+from pumice.core.errors import DataError
+from pumice.core.types import Request, Result
+from pumice.eval.benchmarks import BENCHMARKS
+from pumice.eval.choose import choose_benchmark
+from pumice.eval.locate import load_items
+from pumice.eval.runner import rescore, run_benchmark
+from pumice.eval.submit import write_submission
+from shelf_files import (
+    gqa_files,
+    mmbench_files,
+    seed_files,
+    textvqa_files,
+    vizwiz_files,
+)
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Changes what a JSON or JSONL file holds."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        rows = [json.loads(line) for line in text.splitlines()]
+        change(rows)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+# --- official files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "file", "rows"),
+    [
+        ("vqav2", vqa_files, "v2_OpenEnded_mscoco_val2014_questions.json", "questions"),
+        ("pope", pope_files, "pope/coco_pope_random.json", None),
+        ("scienceqa", science_files, "scienceqa/pid_splits.json", "test"),
+        ("textvqa", textvqa_files, "textvqa/TextVQA_0.5.1_val.json", "data"),
+    ],
+)
+def test_an_id_of_two_questions_is_refused(
+    name: str, files: Callable[[Path], Path], file: str, rows: str | None, tmp_path: Path
+) -> None:
+    """One answer would count twice, and the metric move with nothing said."""
+
+    def again(content: Any) -> None:
+        held = content if rows is None else content[rows]
+        held.append(held[0])
+
+    edit(files(tmp_path) / file, again)
+    with pytest.raises(DataError, match=f"{name}: 1 ids in .* belong to more than one question"):
+        load_items(BENCHMARKS[name], tmp_path)
+
+
+def test_an_order_of_options_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    table = mmbench_files(tmp_path) / "mmbench" / "mmbench_dev_20230712.tsv"
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join([*lines, lines[-1]]), encoding="utf-8")
+    with pytest.raises(DataError, match="the first: '12'"):
+        load_items(BENCHMARKS["mmbench"], tmp_path)
+
+
+def place(*keys: str | int) -> Callable[[object], Callable[[Any], None]]:
+    """Puts a value where these keys lead to."""
+
+    def given(value: object) -> Callable[[Any], None]:
+        def change(content: Any) -> None:
+            for key in keys[:-1]:
+                content = content[key]
+            content[keys[-1]] = value
+
+        return change
+
+    return given
+
+
+VQA = "v2_mscoco_val2014_annotations.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "file", "put", "value"),
+    [
+        ("vqav2", vqa_files, VQA, place("annotations", 0, "answers", 3, "answer"), 2),
+        ("vqav2", vqa_files, "v2_OpenEnded_mscoco_val2014_questions.json",
+         place("questions", 0, "question"), None),
+        ("gqa", gqa_files, "gqa/data/testdev_balanced_questions.json", place("200", "answer"), 3),
+        ("gqa", gqa_files, "gqa/data/testdev_balanced_questions.json",
+         place("200", "types", "structural"), ["query"]),
+        ("vizwiz", vizwiz_files, "vizwiz/val.json", place(0, "answers", 1, "answer"), {"a": 1}),
+        ("textvqa", textvqa_files, "textvqa/TextVQA_0.5.1_val.json",
+         place("data", 0, "answers", 1), False),
+        ("scienceqa", science_files, "scienceqa/problems.json", place("3", "choices"), "abc"),
+        ("scienceqa", science_files, "scienceqa/problems.json", place("3", "hint"), ["x"]),
+        ("pope", pope_files, "pope/coco_pope_popular.json", place(0, "text"), 1.5),
+        ("pope", pope_files, "pope/coco_pope_popular.json", place(0, "question_id"), True),
+        ("seed_bench", seed_files, "seed_bench/SEED-Bench.json", place("questions", 1, "answer"),
+         "AB"),
+        ("seed_bench", seed_files, "seed_bench/SEED-Bench.json", place("questions", 1, "answer"),
+         ""),
+        ("seed_bench", seed_files, "seed_bench/SEED-Bench.json",
+         place("questions", 1, "question_id"), None),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_named(
+    name: str,
+    files: Callable[[Path], Path],
+    file: str,
+    put: Callable[[object], Callable[[Any], None]],
+    value: object,
+    tmp_path: Path,
+) -> None:
+    """Python would make a text of a number, and no answer would ever be equal to a list."""
+    load_items(BENCHMARKS[name], files(tmp_path))
+    edit(tmp_path / file, put(value))
+    with pytest.raises(DataError, match="Take the.* official file"):
+        load_items(BENCHMARKS[name], tmp_path)
+
+
+# --- the id that SEED-Bench's file gives to two questions ---------------------------------------
+
+
+def twice_named(root: Path) -> Path:
+    def rename(content: Any) -> None:
+        content["questions"][3]["question_id"] = "101"
+
+    edit(seed_files(root) / "seed_bench" / "SEED-Bench.json", rename)
+    return root
+
+
+def test_questions_of_one_id_are_asked_and_scored_each(tmp_path: Path) -> None:
+    seed = choose_benchmark("seed_bench", ["part=image"])
+    items = load_items(seed, twice_named(tmp_path))
+    assert [item.id for item in items] == ["101", "102", "103", "101#2"]
+    for item in items:
+        assert item.image is not None
+        item.image.parent.mkdir(parents=True, exist_ok=True)
+        item.image.write_bytes(b"x")
+    truths = {item.id: item.truth for item in items}
+
+    def answer(requests: Sequence[Request], keep: object) -> list[Result]:
+        return [Result(id=request.id, text=truths[request.id]) for request in requests]
+
+    scores = run_benchmark(answer, seed, tmp_path, tmp_path / "out")
+    assert scores.metrics is not None and scores.metrics["accuracy"] == 100
+    own = rescore(seed, tmp_path, tmp_path / "out" / "predictions.jsonl")
+    assert own.metrics == scores.metrics and own.notes == ()
+    upload = tmp_path / "upload.jsonl"
+    write_submission(seed, tmp_path, tmp_path / "out" / "predictions.jsonl", upload)
+    sent = [json.loads(line) for line in upload.read_text().splitlines()]
+    assert [row["question_id"] for row in sent] == ["101", "102", "103", "101"]
+    assert rescore(seed, tmp_path, upload).metrics == scores.metrics
+
+
+def test_one_answer_to_questions_of_one_id_counts_for_both(tmp_path: Path) -> None:
+    seed = choose_benchmark("seed_bench", ["part=image"])
+    items = load_items(seed, twice_named(tmp_path))
+    rows = [
+        {"question_id": int(item.id), "text": item.truth, "prompt": item.prompt}
+        for item in items[:3]
+    ]
+    scores = rescore(seed, tmp_path, dump_lines(tmp_path / "a.jsonl", list(rows)))
+    assert scores.metrics == {"accuracy": 75, "image_accuracy": 75} and scores.notes == ()
