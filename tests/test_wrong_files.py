@@ -20,6 +20,7 @@ from pumice.eval.submit import write_submission
 from shelf_files import (
     gqa_files,
     mmbench_files,
+    mme_files,
     seed_files,
     textvqa_files,
     vizwiz_files,
@@ -128,6 +129,23 @@ def test_values_of_another_kind_are_named(
     edit(tmp_path / file, put(value))
     with pytest.raises(DataError, match="Take the.* official file"):
         load_items(BENCHMARKS[name], tmp_path)
+
+
+@pytest.mark.parametrize(("count", "lines"), [(0, 0), (1, 1), (3, 3)])
+def test_an_image_of_mme_has_two_questions(count: int, lines: int, tmp_path: Path) -> None:
+    """The published tool pairs lines two by two; acc+ of one question would be acc again."""
+    mme = BENCHMARKS["mme"]
+    release = mme_files(tmp_path) / "MME" / "MME_Benchmark_release_version"
+    asked = (release / "existence" / "0001.txt").read_text(encoding="utf-8").splitlines()
+    text = "\n".join([*asked, *asked][:lines])
+    (release / "existence" / "0001.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=f"0001.txt, questions: MME asks 2 .*, found {count}"):
+        load_items(mme, tmp_path)
+    templates = tmp_path / "tool" / "Your_Results"
+    templates.mkdir(parents=True)
+    (templates / "existence.txt").write_text("1.jpg\tA dog? Please answer yes or no.\tYes\n")
+    with pytest.raises(DataError, match="1.jpg, questions: MME asks 2 .*, found 1"):
+        load_items(mme, templates.parent)
 
 
 # --- the id that SEED-Bench's file gives to two questions ---------------------------------------

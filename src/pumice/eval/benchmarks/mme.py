@@ -45,6 +45,7 @@ _TEMPLATE_FOLDERS = (TEMPLATES, f"eval_tool/{TEMPLATES}", f"MME/eval_tool/{TEMPL
 _FOLDERS = ("", RELEASE, f"MME/{RELEASE}", f"mme/{RELEASE}", "MME", "mme")
 _PICTURES = (".jpg", ".png", ".jpeg")
 _READ = 4
+_PAIR = 2
 Key = tuple[str, str, str]
 
 
@@ -129,7 +130,7 @@ class MME(Benchmark):
         An image with an unanswered question is left out of the latter.
         """
         sums = super().tally_group(rows)
-        if len(rows) == rows[0].item.extra["questions"]:
+        if len(rows) == _PAIR:
             subtask = rows[0].item.category
             sums[f"images/{subtask}"] = 1.0
             sums[f"both/{subtask}"] = float(all(row.prediction.score for row in rows))
@@ -197,11 +198,12 @@ def _read_subtask(folder: Path) -> list[Item]:
 
 
 def _read_questions(file: Path, subtask: str, image: Path) -> list[Item]:
-    lines = [tuple(line.strip().split("\t")) for line in read_lines(file)]
-    return [
-        _item(f"{file}, line {number}", subtask, image, line, (number, len(lines)))
-        for number, line in enumerate(lines, start=1)
-    ]
+    return _pair(
+        f"{file}, question",
+        subtask,
+        image,
+        [tuple(line.strip().split("\t")) for line in read_lines(file)],
+    )
 
 
 def _read_template(file: Path) -> list[Item]:
@@ -213,16 +215,27 @@ def _read_template(file: Path) -> list[Item]:
         image, *rest = line.strip().split("\t")
         images[image].append(tuple(rest))
     return [
-        _item(f"{file}, {name}", file.stem, file.parent / name, line, (number, len(lines)))
+        item
         for name, lines in images.items()
+        for item in _pair(f"{file}, {name}, question", file.stem, file.parent / name, lines)
+    ]
+
+
+def _pair(where: str, subtask: str, image: Path, lines: Sequence[tuple[str, ...]]) -> list[Item]:
+    """The questions about an image; acc+, which asks for both answers, needs two."""
+    if len(lines) != _PAIR:
+        raise DataError(
+            f"{where}s: MME asks {_PAIR} questions about an image, found {len(lines)}. Take the "
+            f"official file."
+        )
+    return [
+        _item(f"{where} {number}", subtask, image, line, number)
         for number, line in enumerate(lines, start=1)
     ]
 
 
-def _item(
-    where: str, subtask: str, image: Path, line: tuple[str, ...], place: tuple[int, int]
-) -> Item:
-    """`line`: question and truth; `place`: which of how many questions about the image it is."""
+def _item(where: str, subtask: str, image: Path, line: tuple[str, ...], number: int) -> Item:
+    """`line`: question and truth; `number`: which of the questions about the image it is."""
     if len(line) != 2 or line[1].strip().lower() not in ("yes", "no"):
         raise DataError(
             f"{where}: a question, a tab, and Yes or No are needed, found {line!r}. Take the "
@@ -230,14 +243,11 @@ def _item(
         )
     question, truth = line
     return Item(
-        id=f"{subtask}/{image.stem}/{place[0]}",
+        id=f"{subtask}/{image.stem}/{number}",
         image=image,
         prompt=question.replace(ENDING, "").strip(),
         truth=truth.strip().lower(),
         group=f"{subtask}/{image.stem}",
         category=subtask,
-        extra={
-            "key": (subtask, _stem(image.name), plain_question(question)),
-            "questions": place[1],
-        },
+        extra={"key": (subtask, _stem(image.name), plain_question(question))},
     )
