@@ -58,6 +58,7 @@ def test_an_error_withholds_the_score_and_is_asked_again(tmp_path: Path) -> None
     scores = run_benchmark(failing, vqa, tmp_path, tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores.withheld and saved["metrics"] is None and saved["errors"] == 1
+    assert f"(the first, {items[0].id}: cannot read the image)" in saved["notes"][0]
     rows = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(rows) == 12 and json.loads(rows[0])["score"] is None
     lenient = run_benchmark(failing, vqa, tmp_path, tmp_path / "out", allow_errors=True)

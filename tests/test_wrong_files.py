@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval_files import dump_lines, pope_files, science_files, vqa_files
+from eval_files import dump, dump_lines, pope_files, science_files, vqa_files
 from pumice.core.errors import DataError
 from pumice.core.types import Request, Result
 from pumice.eval.benchmarks import BENCHMARKS
@@ -192,3 +192,73 @@ def test_one_answer_to_questions_of_one_id_counts_for_both(tmp_path: Path) -> No
     ]
     scores = rescore(seed, tmp_path, dump_lines(tmp_path / "a.jsonl", list(rows)))
     assert scores.metrics == {"accuracy": 75, "image_accuracy": 75} and scores.notes == ()
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def answered(root: Path, **more: object) -> list[dict[str, object]]:
+    """Right answers to all of VQAv2's questions, the first row with `more`."""
+    items = BENCHMARKS["vqav2"].load(vqa_files(root))
+    rows: list[dict[str, object]] = [
+        {"question_id": item.id, "text": item.extra["most_frequent"]} for item in items
+    ]
+    rows[0] |= more
+    return rows
+
+
+@pytest.mark.parametrize("error", ["", False, None])
+def test_an_error_that_says_nothing_is_none(error: object, tmp_path: Path) -> None:
+    rows = answered(tmp_path, error=error)
+    scores = rescore(BENCHMARKS["vqav2"], tmp_path, dump_lines(tmp_path / "a.jsonl", rows))
+    assert scores.errors == 0 and scores.metrics is not None
+    assert scores.metrics["accuracy"] == 100 and scores.notes == ()
+
+
+def test_an_error_without_words_is_no_score(tmp_path: Path) -> None:
+    items = load_items(BENCHMARKS["vqav2"], vqa_files(tmp_path))
+    truths = {item.id: item.extra["most_frequent"] for item in items}
+
+    def answer(requests: Sequence[Request], keep: object) -> list[Result]:
+        told = [Result(id=request.id, text=truths[request.id]) for request in requests]
+        return [Result(id=told[0].id, text="", error=""), *told[1:]]
+
+    scores = run_benchmark(answer, BENCHMARKS["vqav2"], tmp_path, tmp_path / "out")
+    assert scores.metrics is None and scores.errors == 1
+
+
+@pytest.mark.parametrize("key", ["prompt", "prompt_hash"])
+def test_what_was_asked_must_be_a_text(key: str, tmp_path: Path) -> None:
+    rows = answered(tmp_path, **{key: ["Is it?"]})
+    with pytest.raises(DataError, match=rf"row 1: {key} is \['Is it\?'\]"):
+        rescore(BENCHMARKS["vqav2"], tmp_path, dump_lines(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("name", [True, [1], {"a": 1}, 1.5])
+def test_ids_are_texts_or_whole_numbers(name: object, tmp_path: Path) -> None:
+    rows = answered(tmp_path)
+    for row in rows:
+        row["question_id"] = float(str(row["question_id"]))
+    path = dump_lines(tmp_path / "a.jsonl", rows)
+    assert rescore(BENCHMARKS["vqav2"], tmp_path, path).metrics is not None
+    rows[0]["question_id"] = name
+    with pytest.raises(DataError, match="row 1: an answer needs an id"):
+        rescore(BENCHMARKS["vqav2"], tmp_path, dump_lines(path, rows))
+
+
+@pytest.mark.parametrize(
+    "content", [{"correct": [1], "incorrect": []}, {"outputs": 3}, {"outputs": [1]}]
+)
+def test_results_of_another_form_are_named(content: object, tmp_path: Path) -> None:
+    path = dump(tmp_path / "result.json", content)
+    with pytest.raises(DataError, match="result.json: a file is not in the official format"):
+        rescore(BENCHMARKS["scienceqa"], science_files(tmp_path), path)
+
+
+def test_unanswered_questions_of_scienceqa_leave_the_image_part(tmp_path: Path) -> None:
+    """As officially; so the note must not say that they are wrong in the headline."""
+    data = science_files(tmp_path)
+    path = dump_lines(tmp_path / "a.jsonl", [{"question_id": "3", "text": "B"}])
+    scores = rescore(BENCHMARKS["scienceqa"], data, path)
+    assert scores.metrics == {"img_accuracy": 100, "accuracy": 33.3333}
+    assert "wrong in accuracy, and not at all in img_accuracy" in scores.notes[0]

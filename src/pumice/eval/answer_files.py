@@ -9,6 +9,7 @@ from typing import Any
 from pumice.core.errors import DataError
 from pumice.core.files import parse_json, read_json, read_jsonl
 from pumice.eval.benchmark import Answer
+from pumice.eval.locate import is_id, well_formed
 from pumice.eval.tables import read_sheet, read_table
 
 # What LLaVA, VQA and VizWiz servers, GQA, MMBench and our own files call the two columns. "answer"
@@ -25,14 +26,15 @@ def read_answers(path: Path) -> list[Answer]:
     object {id: text}; ScienceQA's _result.json and _output.jsonl. Sheets and tables (.xlsx, .tsv,
     .csv) with "index" and "prediction". MME's .txt: image, question, truth, answer.
 
-    A row whose text is no string is an answer with an error; one without an id is refused.
+    A row whose text is no string is an answer with an error; one without an id is refused, and one
+    whose prompt is no string.
     """
     if path.is_dir() or path.suffix == ".txt":
         answers = _mme_answers(path)
     elif path.suffix in (".xlsx", ".tsv", ".csv"):
         answers = _table_answers(path)
     else:
-        answers = _json_answers(path)
+        answers = well_formed(lambda: _json_answers(path), str(path))
     if not answers:
         raise DataError(f"{path}: no answers in this file; give one row per answered question.")
     return answers
@@ -57,8 +59,10 @@ def _json_answers(path: Path) -> list[Answer]:
     elif {"correct", "incorrect"} <= document.keys():
         rows = [*document["correct"], *document["incorrect"]]
         return [
-            Answer(id=str(row["question_id"]), text=row["pred"], prompt=row["question"])
-            for row in rows
+            _answer(
+                {**row, "text": row["pred"], "prompt": row["question"]}, f"{path}, row {number}"
+            )
+            for number, row in enumerate(rows, start=1)
             # How ScienceQA's scorer writes down a question that was never answered.
             if (row["pred"], row["question"]) != ("FAILED", "Unknown")
         ]
@@ -91,23 +95,41 @@ def _answer(row: object, where: str) -> Answer:
             f"{where}: an answer must be a JSON object, given {type(row).__name__}. Correct this "
             f"row, or make the file again."
         )
-    name = next((row[key] for key in ID_NAMES if row.get(key) is not None), None)
+    name = _name(next((row[key] for key in ID_NAMES if row.get(key) is not None), None))
     if name is None or not any(key in row for key in (*TEXT_NAMES, "error")):
         raise DataError(
             f"{where}: an answer needs an id ({' or '.join(ID_NAMES)}) and a text "
             f"({' or '.join(TEXT_NAMES)}); this row has {', '.join(row) or 'nothing'}. Correct "
             f"this row."
         )
+    for key in ("prompt", "prompt_hash"):
+        if not isinstance(row.get(key) or "", str):
+            raise DataError(
+                f"{where}: {key} is {row[key]!r:.80}, where a text belongs. Correct this row."
+            )
+    error, category = row.get("error"), row.get("category")
+    extra = row["extra"] if isinstance(row.get("extra"), dict) else {}
     # With MMBench's --all-rounds the same index is asked again with turned options.
     turn = row.get("round_id")
     return _text_answer(
-        f"{name}#{turn}" if turn else str(name),
+        f"{name}#{turn}" if turn else name,
         next((row[key] for key in TEXT_NAMES if key in row), None),
         prompt=row.get("prompt") or None,
-        category=row.get("category"),
-        error=row.get("error"),
+        category=category if isinstance(category, str) else None,
+        # What other tools write where all went well.
+        error=None if error in ("", False) else error,
         prompt_hash=row.get("prompt_hash") or None,
+        question_hash=extra.get("question_hash"),
+        control=extra.get("control"),
     )
+
+
+def _name(value: object) -> str | None:
+    """An id as a text; None where it is none."""
+    # A table with a gap in it makes whole numbers such ones.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if is_id(value) else None
 
 
 def _text_answer(name: str, text: object, *, error: object = None, **more: str | None) -> Answer:

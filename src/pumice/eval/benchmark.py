@@ -54,7 +54,8 @@ class Row:
     @property
     def fault(self) -> str | None:
         """Why there is no score for this row: no answer, or no verdict on it; None with one."""
-        return self.prediction.error or self.prediction.extra.get(UNJUDGED)
+        error = self.prediction.error
+        return self.prediction.extra.get(UNJUDGED) if error is None else error
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ class Answer:
     error: str | None = None
     prompt_hash: str | None = None
     """Of a row of predictions.jsonl: what was asked, see `prediction_files.prompt_hash`."""
+    question_hash: str | None = None
+    """The same without the image, which need not be at hand."""
+    control: str | None = None
+    """Of a row of predictions.jsonl: the control it was asked with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,8 @@ class Benchmark(ABC):
     decimals: int = 4
     missing_is_wrong: bool = False
     """True: the official scorer counts an unanswered item as wrong. False: no score then."""
+    missing_fate: str = "count as wrong"
+    """What the official scorer does with unanswered items, in words."""
     paper: bool = False
     """True: prompts are those LLaVA-1.5 was asked with (see `as_published`)."""
     whole_groups: bool = False

@@ -247,19 +247,24 @@ def _reasons(
     benchmark: Benchmark, rows: Sequence[Row], missing: int, *, withheld: bool
 ) -> list[str]:
     end = _WITHHELD if withheld else "they are left out of the score"
-    errors = sum(row.prediction.error is not None for row in rows)
+    errors = [row.prediction for row in rows if row.prediction.error is not None]
     unjudged = [row.prediction.extra.get(UNJUDGED) for row in rows if row.prediction.error is None]
     unjudged = [reason for reason in unjudged if reason]
     reasons = []
     if errors:
-        reasons.append(f"{errors} items ended in an error, which is not an answer; {end}")
+        first = f"the first, {errors[0].id}: {errors[0].error}"
+        reasons.append(
+            f"{len(errors)} items ended in an error, which is not an answer ({first}); {end}"
+        )
     if unjudged:
         reasons.append(
             f"{len(unjudged)} answers have no verdict (the first: {unjudged[0]}); {end}; "
             f"the same command asks for them again"
         )
     if missing and benchmark.missing_is_wrong:
-        reasons.append(f"{missing} items have no answer and count as wrong, as officially defined")
+        reasons.append(
+            f"{missing} items have no answer and {benchmark.missing_fate}, as officially defined"
+        )
     elif missing:
         reasons.append(f"{missing} items have no answer; {end}")
     return reasons

@@ -45,6 +45,7 @@ class ScienceQA(Benchmark):
     paper = True
     max_new_tokens = 1024
     missing_is_wrong = True
+    missing_fate = "count as wrong in accuracy, and not at all in img_accuracy"
 
     def load(self, data_dir: Path) -> list[Item]:
         """The items of the test split; `truth` is the right letter."""
