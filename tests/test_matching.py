@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eval_files import Scripted, dump, dump_lines, science_files, vqa_files
+from eval_files import Scripted, dump, dump_lines, pope_files, science_files, vqa_files
 from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import Request, Result
 from pumice.eval.benchmarks import BENCHMARKS
@@ -85,10 +85,51 @@ def test_own_predictions_score_as_they_were_asked(tmp_path: Path) -> None:
         scores = rescore(vqa, data, tmp_path / name / "predictions.jsonl")
         assert scores.metrics is None and "prompt or image" in scores.notes[-1], name
     assert rescore(bare, data, tmp_path / "bare" / "predictions.jsonl").metrics is not None
-    # Without the images nothing is known of what was shown, and nothing is said.
+
+
+def test_own_predictions_tell_what_was_asked_where_no_image_is(tmp_path: Path) -> None:
+    vqa = BENCHMARKS["vqav2"]
+    data = vqa_files(tmp_path / "data")
+    model = Scripted(vqa.load(data))
+    own = run_benchmark(model, vqa, data, tmp_path / "own")
+    run_benchmark(model, vqa, data, tmp_path / "own-shuffled", control="shuffled")
+    run_benchmark(model, vqa.with_options({"prompt": "none"}), data, tmp_path / "bare")
     for image in (data / "val2014").iterdir():
         image.unlink()
     assert rescore(vqa, data, tmp_path / "own" / "predictions.jsonl").metrics == own.metrics
+    for name in ("own-shuffled", "bare"):
+        scores = rescore(vqa, data, tmp_path / name / "predictions.jsonl")
+        assert scores.metrics is None and "12 of 12 answers" in scores.notes[-1], name
+
+
+@pytest.mark.parametrize("form", ["USER: <image>\n{} ASSISTANT:", "<image>\nQ: {} A:", "{}"])
+def test_pope_knows_its_question_in_any_form(form: str, tmp_path: Path) -> None:
+    pope = BENCHMARKS["pope"]
+    items = pope.load(pope_files(tmp_path))
+    rows: list[dict[str, object]] = [
+        {"question_id": item.id, "text": item.truth, "prompt": form.format(item.extra["text"])}
+        for item in items
+    ]
+    path = dump_lines(tmp_path / "a.jsonl", rows)
+    assert rescore(pope, tmp_path, path).metrics is not None
+    # A car for a cat is one letter, and another question.
+    rows[0]["prompt"] = form.format(items[0].extra["text"].replace("thing 1", "thing 7"))
+    scores = rescore(pope, tmp_path, dump_lines(path, rows))
+    assert scores.metrics is None and "another question" in scores.notes[0]
+
+
+def test_equal_options_are_no_equal_question(tmp_path: Path) -> None:
+    mmbench = BENCHMARKS["mmbench"]
+    items = mmbench.load(mmbench_files(tmp_path))
+    rows = [{"index": item.id, "prediction": "A", "prompt": item.prompt} for item in items]
+    asked, hint = "Which one?", "Look at it."
+    assert f"{hint}\nWhich  one?\nA. cat" in str(rows[0]["prompt"])
+    rows[0]["prompt"] = str(rows[0]["prompt"]).replace("Which  one?", "What colour has the car?")
+    scores = rescore(mmbench, tmp_path, dump_lines(tmp_path / "a.jsonl", list(rows)))
+    assert scores.metrics is None and "1 of 6 answers" in scores.notes[0]
+    rows[0]["prompt"] = f"Question: {asked}\nOptions: (A) cat (B) dog"
+    path = dump_lines(tmp_path / "a.jsonl", list(rows))
+    assert rescore(mmbench, tmp_path, path).metrics is not None
 
 
 def test_textvqa_is_scored_without_the_tokens_it_was_asked_with(tmp_path: Path) -> None:

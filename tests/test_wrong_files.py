@@ -255,6 +255,19 @@ def test_results_of_another_form_are_named(content: object, tmp_path: Path) -> N
         rescore(BENCHMARKS["scienceqa"], science_files(tmp_path), path)
 
 
+def test_pope_takes_ids_and_categories_for_what_they_are(tmp_path: Path) -> None:
+    items = load_items(BENCHMARKS["pope"], pope_files(tmp_path))
+    rows: list[dict[str, object]] = [
+        {"question_id": item.id, "text": item.truth, "category": ["x"]} for item in items
+    ]
+    path = dump_lines(tmp_path / "a.jsonl", rows)
+    assert rescore(BENCHMARKS["pope"], tmp_path, path).metrics is not None
+    # A digit for Python, and no number.
+    path = dump_lines(path, [*rows, {"question_id": "²", "text": "yes"}])
+    scores = rescore(BENCHMARKS["pope"], tmp_path, path)
+    assert scores.metrics is None and "1 answers have no label" in scores.notes[0]
+
+
 def test_unanswered_questions_of_scienceqa_leave_the_image_part(tmp_path: Path) -> None:
     """As officially; so the note must not say that they are wrong in the headline."""
     data = science_files(tmp_path)

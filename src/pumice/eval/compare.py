@@ -271,8 +271,9 @@ def rows_of_run(
     folder: Path, benchmark: Benchmark, items: Sequence[Item], scores: Scores
 ) -> dict[str, Row]:
     """The rows in a run's directory by item id, errors among them."""
-    key = Asking.of_run(scores.origin).row_key(benchmark, scores.origin.get("weights", ""))
-    return PredictionFiles(folder, benchmark, items, key).read()
+    asking = Asking.of_run(scores.origin)
+    key = asking.row_key(benchmark, scores.origin.get("weights", ""))
+    return PredictionFiles(folder, benchmark, items, key, asking.control).read()
 
 
 def _answered(rows: Mapping[str, Row]) -> dict[str, Row]:

@@ -6,6 +6,7 @@ in Chinese. Answers to the one would be scored as answers to the other, and give
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from pumice.eval.answer_files import read_answers
 from pumice.eval.benchmark import Answer, Benchmark, Item, Matching
-from pumice.eval.prediction_files import prompt_hash
+from pumice.eval.prediction_files import prompt_hash, question_hash
 from pumice.processing.response_formats import FORMATS, OCR_TOKENS
 
 # Official files are corrected: POPE's "imange" is "image" today, and in LLaVA's answers it is not.
@@ -21,14 +22,16 @@ _SLIPS = 0.9
 # Sentences that questions share; two prompts with nothing else in common ask different things.
 _SHARED = frozenset(line for name in FORMATS.names() for line in FORMATS[name].lower().split("\n"))
 
+_OPTION = re.compile(r"[a-z]\. ")
+
 
 def match_file(
     benchmark: Benchmark, items: Sequence[Item], answers_file: Path
 ) -> tuple[Matching, list[str]]:
     """The answers of a file to these items, and the ids of those given to something else.
 
-    A row tells what it answers by "prompt" (LLaVA's) or "prompt_hash" (predictions.jsonl); of one
-    that tells nothing, or that shows an image which is not at hand, nothing is known.
+    A row tells what it answers by "prompt" (LLaVA's) or by hashes and the control's name
+    (predictions.jsonl); of one that tells nothing nothing is known.
     """
     matching = benchmark.match(read_answers(answers_file), items, str(answers_file))
     by_id = {item.id: item for item in items}
@@ -60,25 +63,32 @@ def _to_another(benchmark: Benchmark, answer: Answer, item: Item) -> bool:
     if answer.error is not None:
         return False
     if answer.prompt is not None:
-        lines = [line for line in map(_plain, item.prompt.split("\n")) if line not in _SHARED]
-        asked = [line for line in lines if not line.startswith(_plain(OCR_TOKENS))]
-        return bool(asked) and not _asks(asked, answer.prompt)
-    if not answer.prompt_hash or not benchmark.knows_prompt(item):
-        return False
-    at_hand = item.image is None or item.image.is_file()
-    return at_hand and answer.prompt_hash != prompt_hash(item)
-
-
-def _asks(asked: Sequence[str], prompt: str) -> bool:
-    """Whether a prompt has one of these lines, or one that differs by slips of the pen."""
-    said = _plain(prompt)
-    if any(line in said for line in asked):
+        question = _question_line(item.prompt)
+        return question is not None and not _asks(question, answer.prompt)
+    if answer.control:
         return True
-    parts = [_plain(part) for part in prompt.split("\n")]
-    return any(
-        SequenceMatcher(None, line, part, autojunk=False).ratio() > _SLIPS
-        for line in asked
-        for part in parts
+    if not benchmark.knows_prompt(item):
+        return False
+    if answer.prompt_hash and (item.image is None or item.image.is_file()):
+        return answer.prompt_hash != prompt_hash(item)
+    return bool(answer.question_hash) and answer.question_hash != question_hash(item)
+
+
+def _question_line(prompt: str) -> str | None:
+    """The line that asks: the last which is no option and no sentence that questions share.
+
+    Of options and hints many are shared, too: "A. yes", "The picture shows shapes.".
+    """
+    lines = [line for line in map(_plain, prompt.split("\n")) if line not in _SHARED]
+    lines = [line for line in lines if not line.startswith(_plain(OCR_TOKENS))]
+    return next((line for line in reversed(lines) if not _OPTION.match(line)), None)
+
+
+def _asks(line: str, prompt: str) -> bool:
+    """Whether a prompt has this line, or one that differs by slips of the pen."""
+    return line in _plain(prompt) or any(
+        SequenceMatcher(None, line, _plain(part), autojunk=False).ratio() > _SLIPS
+        for part in prompt.split("\n")
     )
 
 

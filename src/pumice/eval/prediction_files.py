@@ -38,6 +38,7 @@ class PredictionFiles:
     benchmark: Benchmark
     items: Sequence[Item]
     key: Mapping[str, str]
+    control: str | None = None
 
     @property
     def path(self) -> Path:
@@ -102,7 +103,13 @@ class PredictionFiles:
         """
         answer = Answer(item.id, result.text, error=result.error)
         row = answered_row(self.benchmark, item, answer, verdicts)
-        extra = {**row.prediction.extra, **self.key, "category": item.category}
+        extra = {
+            **row.prediction.extra,
+            **self.key,
+            "category": item.category,
+            "question_hash": question_hash(item),
+            **({"control": self.control} if self.control else {}),
+        }
         return Row(item, replace(row.prediction, prompt_hash=prompt_hash(item), extra=extra))
 
     def _fitting(self, path: Path) -> dict[str, Row]:
@@ -154,6 +161,11 @@ def prompt_hash(item: Item) -> str:
     image = item.image
     size = image.stat().st_size if image is not None and image.is_file() else 0
     return fingerprint([item.prompt, image and image.name, size])
+
+
+def question_hash(item: Item) -> str:
+    """Names what is asked, the prompt alone: for those who have no images."""
+    return fingerprint(item.prompt)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

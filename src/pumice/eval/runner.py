@@ -121,7 +121,8 @@ def run_benchmark(
     asking = Asking(limit, control, seed, served)
     with ranks.main_first():
         items = asking.items(benchmark, data_dir, out_dir, loaded)
-        files = PredictionFiles(out_dir, benchmark, items, asking.row_key(benchmark, weights))
+        key = asking.row_key(benchmark, weights)
+        files = PredictionFiles(out_dir, benchmark, items, key, control)
         rows = files.gather() if ranks.is_main else files.read()
         pending = [item for item in items if item.id not in rows]
         origin = {"data": str(data_dir.resolve()), "weights": weights, **asdict(asking)}

@@ -194,7 +194,7 @@ class _Matcher:
         prefix, slash, rest = answer.id.partition("/")
         if slash and prefix in LLAVA_OFFSETS:
             return prefix, rest
-        number = int(answer.id) if answer.id.isdigit() else -1
+        number = int(answer.id) if _is_number(answer.id) else -1
         implied = next((name for name in _SHIFTED if number > LLAVA_OFFSETS[name]), None)
         stated = answer.category if answer.category in LLAVA_OFFSETS else None
         category = stated or implied or default or "adversarial"
@@ -207,7 +207,7 @@ class _Matcher:
         plain = [
             answer.id
             for answer in answers
-            if answer.category not in LLAVA_OFFSETS and answer.id.isdigit()
+            if answer.category not in LLAVA_OFFSETS and _is_number(answer.id)
         ]
         merged = any(int(name) > LLAVA_OFFSETS["random"] for name in plain)
         if not plain or merged:
@@ -251,12 +251,19 @@ class _Matcher:
         return notes
 
 
+def _is_number(name: str) -> bool:
+    # "²" is a digit too, and no number.
+    return name.isascii() and name.isdigit()
+
+
 def _other_question(answer: Answer, item: Item) -> bool:
-    """True when the recorded prompt asks for something else than the label's question."""
+    """True when the recorded prompt, in whatever form, does not hold the label's question.
+
+    Its every word: POPE's questions differ by the thing alone, as a car does from a cat.
+    """
     if answer.prompt is None:
         return False
-    asked = answer.prompt.replace("<image>", "").strip().split("\n")[0]
-    return _plain(asked) != _plain(item.extra["text"])
+    return _plain(item.extra["text"]) not in _plain(answer.prompt)
 
 
 def _plain(question: str) -> str:
