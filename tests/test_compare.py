@@ -96,6 +96,54 @@ def test_other_protocols_are_refused_with_what_differs(tmp_path: Path) -> None:
         compare_runs(a / "vqav2", b / "vqav2")
 
 
+def test_a_control_stands_beside_its_benchmark_and_not_in_its_place(
+    tmp_path: Path, run: Run
+) -> None:
+    a, b = two_runs(tmp_path)
+    data = tmp_path / "data"
+    for root, weights in ((a, "a"), (b, "b")):
+        wrong = Scripted(VQA.load(data))
+        wrong.truth = dict.fromkeys(wrong.truth, "nothing")
+        folder = root / "vqav2-shuffled"
+        run_benchmark(wrong, VQA, data, folder, weights=weights, control="shuffled")
+    code, out, _ = run("eval", "--compare", a, b, "--json")
+    found = json.loads(out)["benchmarks"]
+    assert code == 0 and list(found) == ["vqav2", "vqav2-shuffled"]
+    values = [found[name]["metrics"]["accuracy"]["b"] for name in found]
+    assert values == [100, 0]
+    out = run("eval", "--compare", a, b)[1]
+    assert "\nVQAv2, shuffled images: no difference" in out
+    assert [line.split()[0] for line in out.splitlines()[1:7]] == 3 * ["vqav2"] + 3 * [
+        "vqav2-shuffled"
+    ]
+
+
+def test_what_only_one_directory_holds_is_told(tmp_path: Path, run: Run) -> None:
+    a, b = two_runs(tmp_path)
+    (b / "pope").mkdir()
+    for name in ("scores.json", PREDICTIONS):
+        text = (b / "vqav2" / name).read_text()
+        (b / "pope" / name).write_text(text.replace('"vqav2"', '"pope"'))
+    code, _, err = run("eval", "--compare", a, b)
+    assert code == 0 and f"only in {b}, so not compared: pope" in err
+    told = json.loads(run("eval", "--compare", a, b, "--json")[1])
+    assert told["only_in_a"] == [] and told["only_in_b"] == ["pope"]
+    # The same benchmark twice: nobody knows which is meant.
+    (b / "pope").rename(b / "again")
+    for name in ("scores.json", PREDICTIONS):
+        (b / "again" / name).write_text((b / "vqav2" / name).read_text())
+    code, _, err = run("eval", "--compare", a, b)
+    assert code == 2 and "both hold vqav2" in err
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"interval": {}, "notes": []}'])
+def test_scores_that_are_none_are_named(content: str, tmp_path: Path, run: Run) -> None:
+    a, b = two_runs(tmp_path)
+    (b / "vqav2" / "scores.json").write_text(content)
+    code, _, err = run("eval", "--compare", a, b)
+    assert code == 2 and "scores.json: this is no scores.json of a run" in err
+
+
 def test_changed_files_and_lacking_answers_are_refused(tmp_path: Path) -> None:
     a, b = two_runs(tmp_path)
     path = b / "vqav2" / PREDICTIONS

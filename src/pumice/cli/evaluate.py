@@ -230,13 +230,15 @@ def _compare(
     categories: bool,
 ) -> None:
     from pumice.cli.score_text import comparison_categories, comparison_table
-    from pumice.eval.compare import compare_runs
+    from pumice.eval.compare import compare_runs, in_one_alone
 
     a, b = folders
     found = compare_runs(a, b, data_dir=data, allow_errors=allow_errors)
+    alone = in_one_alone(a, b)
     if as_json:
-        benchmarks = {one.benchmark: one.to_dict() for one in found}
-        say_json({"a": str(a), "b": str(b), "benchmarks": benchmarks})
+        benchmarks = {one.name: one.to_dict() for one in found}
+        told = {"a": str(a), "b": str(b), "benchmarks": benchmarks}
+        say_json(told | {"only_in_a": alone[0], "only_in_b": alone[1]})
         return
     say(comparison_table(found))
     if categories:
@@ -244,7 +246,10 @@ def _compare(
     for one in found:
         say(one.verdict)
         if one.left_out:
-            note(f"{one.benchmark}: {one.left_out} items that one did not answer are left out")
+            note(f"{one.name}: {one.left_out} items that one did not answer are left out")
+    for folder, names in zip(folders, alone, strict=True):
+        if names:
+            note(f"only in {folder}, so not compared: {', '.join(names)}")
 
 
 def _show(all_scores: list[Scores], as_json: bool, categories: bool) -> None:

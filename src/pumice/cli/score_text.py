@@ -57,7 +57,7 @@ def comparison_table(found: Sequence[Comparison]) -> str:
     for one in found:
         counts = [str(count) for count in (one.n, one.groups, one.a_better, one.b_better)]
         for name, metric in one.metrics.items():
-            rows.append([one.benchmark, name, *_gap(metric), *counts])
+            rows.append([one.name, name, *_gap(metric), *counts])
     return f"{table(rows)}\n* zero lies outside the interval"
 
 
@@ -72,7 +72,7 @@ def comparison_categories(found: Sequence[Comparison]) -> str:
             for name in list(metrics)[:1]
         ]
         if rows:
-            tables.append(f"\n{one.benchmark}\n{table([titles, *rows])}")
+            tables.append(f"\n{one.name}\n{table([titles, *rows])}")
     return "\n".join(tables)
 
 

@@ -18,6 +18,7 @@ from pumice.core.errors import DataError, PumiceError
 from pumice.core.files import read_json
 from pumice.eval.benchmark import Benchmark, Item, Row
 from pumice.eval.choose import benchmark_of
+from pumice.eval.controls import CONTROLS
 from pumice.eval.metrics import evaluate, paired_draws
 from pumice.eval.prediction_files import PREDICTIONS, PredictionFiles
 from pumice.eval.runner import SCORES, Asking
@@ -47,11 +48,14 @@ class Difference:
 class Comparison:
     """Two runs over the `n` items that both answered, in `groups` images.
 
+    `name` is the benchmark with its control, where there is one: "pope-shuffled".
+
     `left_out` counts items that one of them did not answer. `a_better` and `b_better` count the
     items on which one scored higher than the other.
     """
 
     benchmark: str
+    name: str
     n: int
     groups: int
     left_out: int
@@ -88,11 +92,17 @@ def compare_runs(
     return [_compare(found_a[name], found_b[name], data_dir, allow_errors, names) for name in both]
 
 
+def in_one_alone(a: Path, b: Path) -> tuple[list[str], list[str]]:
+    """The benchmarks that only the first, and only the second directory holds."""
+    found_a, found_b = _runs(a), _runs(b)
+    return sorted(found_a.keys() - found_b.keys()), sorted(found_b.keys() - found_a.keys())
+
+
 def _compare(
     a: Path, b: Path, data_dir: Path | None, allow_errors: bool, names: tuple[str, str]
 ) -> Comparison:
     """Compares two directories that hold predictions.jsonl and scores.json of one benchmark."""
-    scores = [Scores.from_dict(read_json(folder / SCORES)) for folder in (a, b)]
+    scores = [_scores_in(folder) for folder in (a, b)]
     _check_protocols(scores[0].protocol, scores[1].protocol, a, b)
     benchmark = benchmark_of(scores[0])
     items = items_of_run(benchmark, a, scores[0], data_dir)
@@ -115,6 +125,7 @@ def _compare(
         left_out=left_out,
         names=names,
         protocol=scores[0].protocol["fingerprint"],
+        control=scores[0].protocol.get("control"),
     )
 
 
@@ -126,6 +137,7 @@ def compare_rows(
     left_out: int = 0,
     names: tuple[str, str] = ("A", "B"),
     protocol: str = "",
+    control: str | None = None,
 ) -> Comparison:
     """Compares two sets of rows over the same items in the same order."""
     assert [row.item.id for row in rows_a] == [row.item.id for row in rows_b]
@@ -147,6 +159,7 @@ def compare_rows(
         )
     return Comparison(
         benchmark=benchmark.name,
+        name=_with_control(benchmark.name, control),
         n=len(pairs),
         groups=groups,
         left_out=left_out,
@@ -155,7 +168,7 @@ def compare_rows(
         same_text=sum(a.prediction.text == b.prediction.text for a, b in pairs),
         metrics=metrics,
         by_category=by_category,
-        verdict=_verdict(benchmark, metrics, names),
+        verdict=_verdict(benchmark, control, metrics, names),
         fingerprint=protocol,
     )
 
@@ -183,24 +196,28 @@ def _differences(
 
 
 def _verdict(
-    benchmark: Benchmark, metrics: Mapping[str, Difference], names: tuple[str, str]
+    benchmark: Benchmark,
+    control: str | None,
+    metrics: Mapping[str, Difference],
+    names: tuple[str, str],
 ) -> str:
     """The headline metric's difference in plain words."""
+    title = benchmark.title + (f", {CONTROLS[control].title}" if control else "")
     metric = metrics.get(benchmark.headline)
     words = benchmark.headline.replace("_", " ")
     if metric is None or metric.interval is None:
-        return f"{benchmark.title}: {words} is not defined for these items."
+        return f"{title}: {words} is not defined for these items."
     low, high = metric.interval
     bounds = f"{low:+.2f} to {high:+.2f}"
     if not metric.clear:
         return (
-            f"{benchmark.title}: no difference can be told. {words} of {names[1]} is "
+            f"{title}: no difference can be told. {words} of {names[1]} is "
             f"{metric.difference:+.2f} beside {names[0]}, and the 95 % interval ({bounds}) "
             f"holds zero."
         )
     better, worse = names[::-1] if metric.difference > 0 else names
     return (
-        f"{benchmark.title}: {better} is better than {worse}, by {abs(metric.difference):.2f} of "
+        f"{title}: {better} is better than {worse}, by {abs(metric.difference):.2f} of "
         f"{words} (B - A: 95 % interval {bounds})."
     )
 
@@ -208,11 +225,15 @@ def _verdict(
 def _runs(folder: Path) -> dict[str, Path]:
     """The benchmark directories in a directory of runs, by their names; or the one it is itself."""
     folders = [folder, *sorted(path.parent for path in folder.glob(f"*/{PREDICTIONS}"))]
-    found = {
-        _name(own): own
-        for own in folders
-        if (own / SCORES).is_file() and (own / PREDICTIONS).is_file()
-    }
+    found: dict[str, Path] = {}
+    for own in folders:
+        if not ((own / SCORES).is_file() and (own / PREDICTIONS).is_file()):
+            continue
+        if (other := found.setdefault(_name(own), own)) != own:
+            raise DataError(
+                f"{other} and {own} both hold {_name(own)}, so it is not clear which is meant. "
+                f"Give one of them."
+            )
     if not found:
         raise DataError(
             f"{folder} holds no run: neither {PREDICTIONS} with {SCORES}, nor directories with "
@@ -222,9 +243,25 @@ def _runs(folder: Path) -> dict[str, Path]:
 
 
 def _name(folder: Path) -> str:
-    """The benchmark of a run, and its control if there is one."""
-    protocol = read_json(folder / SCORES)["protocol"]
-    return "-".join(filter(None, (protocol["benchmark"], protocol.get("control"))))
+    protocol = _scores_in(folder).protocol
+    return _with_control(protocol["benchmark"], protocol.get("control"))
+
+
+def _with_control(name: str, control: str | None) -> str:
+    return f"{name}-{control}" if control else name
+
+
+def _scores_in(folder: Path) -> Scores:
+    content = read_json(folder / SCORES)
+    try:
+        scores = Scores.from_dict(content)
+        str(scores.protocol["benchmark"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder / SCORES}: this is no {SCORES} of a run ({type(error).__name__}: {error}). "
+            f"Give the command of this run again, which keeps its answers and writes it anew."
+        ) from error
+    return scores
 
 
 def _check_protocols(

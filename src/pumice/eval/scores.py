@@ -52,8 +52,10 @@ class Scores:
 
     @property
     def label(self) -> str:
-        """The benchmark's name, with who judged it where the answers were judged."""
-        return f"{self.benchmark} ({self.judge['name']})" if self.judge else self.benchmark
+        """The benchmark's name, with its control and with who judged the answers, if any."""
+        control = self.protocol.get("control")
+        told = [f"{control} images" if control else "", self.judge.get("name", "")]
+        return " ".join([self.benchmark, *(f"({one})" for one in told if one)])
 
     @property
     def caution(self) -> str:
