@@ -79,6 +79,20 @@ def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert page.counts() in page.section()
 
 
+def test_what_a_small_run_leaves_free_goes_to_a_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, scores = evaluated(tmp_path)
+    data, small_folder = tmp_path / "data", tmp_path / "small"
+    limited = run_benchmark(Scripted(VQA.load(data)), VQA, data, small_folder, limit=2)
+    monkeypatch.setattr(browser, "MOST_PREDICTIONS", 14)
+    large = (VQA, folder, scores)
+    small = (VQA, small_folder, limited)
+    for runs in ([large, small], [small, large]):
+        page = browser.browse(runs)
+        assert len(page.rows) == page.total == 14
+
+
 def test_categories_and_counts_are_on_the_page(tmp_path: Path) -> None:
     folder, scores = evaluated(tmp_path)
     page = report_eval("m", [(VQA, folder, scores)], tmp_path / "out").read_text("utf-8")

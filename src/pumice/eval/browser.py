@@ -41,16 +41,15 @@ class Browser:
     _places: dict[Path, int | None] = field(default_factory=dict)
     _image_bytes: int = 0
 
-    def add_run(
-        self, benchmark: Benchmark, folder: Path, scores: Scores, share: float = 1.0
-    ) -> None:
-        """Adds the predictions of a run's directory, within this share of the page."""
+    def add_run(self, benchmark: Benchmark, folder: Path, scores: Scores, parts: int = 1) -> None:
+        """Adds the predictions of a run's directory, within one of the parts of what is free."""
         items = items_of_run(benchmark, folder, scores)
         rows = rows_of_run(folder, benchmark, items, scores)
         asked = [item for item in items if item.id in rows]
         self.total += len(asked)
-        budget = self._image_bytes + int(MOST_IMAGE_BYTES * share)
-        for item in take_evenly(asked, max(1, int(MOST_PREDICTIONS * share))):
+        budget = self._image_bytes + (MOST_IMAGE_BYTES - self._image_bytes) // parts
+        most = (MOST_PREDICTIONS - len(self.rows)) // parts
+        for item in take_evenly(asked, max(1, most)):
             self._add(benchmark, item, rows[item.id], budget)
 
     def _add(self, benchmark: Benchmark, item: Item, row: Row, budget: int) -> None:
@@ -119,10 +118,16 @@ def script_hash() -> str:
 
 
 def browse(runs: Sequence[tuple[Benchmark, Path, Scores]]) -> Browser:
-    """The predictions of several runs, each within an equal share of the page."""
+    """The predictions of several runs, in their order.
+
+    Each has an equal share of the page; what small ones leave free goes to the larger.
+    """
     browser = Browser()
-    for benchmark, folder, scores in runs:
-        browser.add_run(benchmark, folder, scores, 1 / len(runs))
+    smallest_first = sorted(runs, key=lambda run: run[2].n)
+    for done, (benchmark, folder, scores) in enumerate(smallest_first):
+        browser.add_run(benchmark, folder, scores, len(runs) - done)
+    places = {benchmark.title: place for place, (benchmark, _, _) in enumerate(runs)}
+    browser.rows.sort(key=lambda row: places[row["bench"]])
     return browser
 
 
