@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import Any
@@ -40,9 +41,21 @@ class Listening:
         assert not self.thread.is_alive()
 
 
+def abandon_upload(url: str, api_key: str) -> None:
+    """Sends the first sign of a question and leaves."""
+    host, port = url.removeprefix("http://").split(":")
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api_key}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n")  # fmt: skip
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f"{head}{{".encode())
+        time.sleep(0.2)  # so that the request is being read when its client goes
+
+
 class Running(Listening):
     """A model behind the API."""
 
     def __init__(self, model: Model, limits: Limits, api_key: str | None = None) -> None:
-        self.server = Server(model, "pocket", limits=limits, api_key=api_key)
+        self.server = Server(
+            model, "pocket", limits=limits, api_key=api_key, local_host="127.0.0.1"
+        )
         super().__init__(self.server, api_key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pumice.core.llm_client import Endpoint
 from pumice.infer.model import Model
 from pumice.serve.forward import Forwarder
 from pumice.serve.limits import Limits
-from serving import Listening, Running
+from serving import Listening, Running, abandon_upload
 
 KEY, THEIRS = "of-the-endpoint", "of-the-page"
 ASKED = {"messages": [{"role": "user", "content": "what is the cat"}], "max_tokens": 12}
@@ -92,6 +93,46 @@ def test_keys_do_not_travel_further_than_they_must(page: Listening, endpoint: Ru
         assert answer.status_code == 200
     finally:
         open_to_all.stop()
+
+
+def test_without_a_key_of_its_own_it_answers_to_its_own_names(
+    run: Run, endpoint: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(served: Forwarder, listener: socket.socket) -> None:
+        listening = Listening(served)
+        for path in ("/", "/v1/models"):
+            refused = listening.http.get(path, headers={"Host": "a.test"})
+            statuses.append(refused.status_code)
+        listening.stop()
+
+    statuses: list[int] = []
+    monkeypatch.setattr("pumice.serve.run.run", told)
+    monkeypatch.setenv("PUMICE_API_KEY", KEY)
+    for more in ((), ("--host", "0.0.0.0"), ("--api-key", THEIRS)):
+        assert run("page", f"{endpoint.url}/v1", "--port", 0, *more)[0] == 0
+    # Otherwise any site could spend the endpoint's key.
+    assert statuses == [403, 403, 200, 200, 200, 401]
+
+
+def test_who_leaves_while_sending_and_faults_of_ours(
+    page: Listening, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.addHandler(caplog.handler)
+    try:
+        abandon_upload(page.url, THEIRS)
+        assert page.http.get("/page/settings").status_code == 200
+        assert not caplog.records
+    finally:
+        uvicorn.removeHandler(caplog.handler)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(Forwarder, "_pass_on", fail)
+    headers = {"Authorization": f"Bearer {THEIRS}"}
+    answer = httpx2.post(f"{page.url}/v1/chat/completions", json=ASKED, headers=headers)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -21,15 +21,16 @@ import pytest
 from PIL import Image
 
 import tiny
+from conftest import Run
 from pumice.core.errors import DataError
 from pumice.infer.model import Model, load
 from pumice.infer.online import Counters
 from pumice.models.tiling import TilingSpec
-from pumice.serve import remote_images
+from pumice.serve import host_names, remote_images
 from pumice.serve import server as server_module
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
-from serving import Running
+from serving import Listening, Running, abandon_upload
 
 KEY = "a-key"
 LIMITS = Limits(max_images=3, max_image_bytes=200_000, max_body_bytes=600_000, max_new_tokens=64,
@@ -298,8 +299,10 @@ def test_bombs_bodies_and_paths(running: Running) -> None:
     for content in (b"", b"[]", b'"x"', b"{", b"[" * 50_000, b'{"messages": NaN}', b"\xff\xfe"):
         broken = http.post("/v1/chat/completions", content=content)
         assert broken.status_code == 400 and broken.json()["error"]["message"]
-    assert http.get("/nothing").json()["error"]["type"] == "not_found_error"
-    assert http.get("/v1/chat/completions").status_code == 405
+    nothing = http.post("/v1/completions", json={}).json()["error"]
+    assert nothing["type"] == "not_found_error" and "/v1/chat/completions" in nothing["message"]
+    no_get = http.get("/v1/chat/completions")
+    assert no_get.status_code == 405 and "allowed: POST" in no_get.json()["error"]["message"]
     assert http.get("/page/../server.py").status_code == 404
 
 
@@ -346,6 +349,7 @@ def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
     open_to_all = httpx2.Client(base_url=running.url)
     assert open_to_all.get("/health").status_code == 200
     page = open_to_all.get("/")
+    assert open_to_all.get("/page/page.js").status_code == 200
     assert (
         page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
     )
@@ -360,6 +364,92 @@ def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
         assert open_to_all.get("/v1/models", headers=headers).status_code == status
     for path in ("/", "/health"):
         assert open_to_all.head(path).status_code == 200
+    # What is refused counts under its path; paths that are none count together, however many.
+    for number in range(3):
+        assert open_to_all.get(f"/nowhere/{number}").status_code == 401
+        assert http.get(f"/v1/models/none-{number}").status_code == 404
+    text = http.get("/metrics").text
+    for path, status in {"/v1/models": 401, "/metrics": 401, "/page": 200, "other": 401}.items():
+        assert f'pumice_http_requests_total{{path="{path}",status="{status}"}}' in text, text
+    assert "nowhere" not in text and "none-" not in text
+
+
+def test_a_local_server_without_a_key_answers_to_its_own_names(
+    running: Running, model: Model
+) -> None:
+    local = Running(model, Limits(drain_seconds=1.0))
+    try:
+        ours = ("localhost", "LOCALHOST:80", "localhost.", "127.0.0.1:1", "127.9.9.9", "[::1]:1")
+        for own in ours:
+            assert local.http.get("/v1/models", headers={"Host": own}).status_code == 200
+        for other in ("a.test", "a.test:80", "localhost.a.test", "127.0.0.1.a.test", "10.0.0.1", "",
+                      "[::2]", "0.0.0.0", "localhost:x", "a/localhost", "[localhost]"):  # fmt: skip
+            for path in ("/v1/models", "/", "/health"):
+                refused = local.http.get(path, headers={"Host": other})
+                assert refused.status_code == 403
+                error = refused.json()["error"]
+                assert error["code"] == "host_not_allowed" and repr(other) in error["message"]
+                assert "localhost, 127.0.0.1, [::1]" in error["message"]
+                assert "--api-key" in error["message"]
+        asked = {"messages": messages(text="x"), "max_tokens": 1}
+        headers = {"Host": "a.test"}
+        refused = local.http.post("/v1/chat/completions", json=asked, headers=headers)
+        assert refused.status_code == 403
+    finally:
+        local.stop()
+    # Who does not know the key learns nothing by another name.
+    assert running.http.get("/v1/models", headers={"Host": "a.test"}).status_code == 200
+
+
+def test_only_a_port_of_this_machine_has_names_of_its_own() -> None:
+    for address, local in {"127.0.0.1": "my-box", "0.0.0.0": None}.items():
+        with socket.create_server((address, 0)) as listener:
+            assert host_names.local_host("my-box", listener) == local
+    assert host_names.foreign_host(b"My-Box:8000", "my-box") is None
+    refused = host_names.foreign_host(b"a.test", "my-box")
+    assert refused is not None and "[::1], my-box" in refused.message
+
+
+def test_the_command_knows_whether_only_this_machine_reaches_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(served: Any, listener: socket.socket) -> None:
+        listening = Listening(served)
+        statuses.append(listening.http.get("/", headers={"Host": "a.test"}).status_code)
+        listening.stop()
+
+    statuses: list[int] = []
+    monkeypatch.setattr("pumice.serve.run.run", told)
+    monkeypatch.delenv("PUMICE_API_KEY", raising=False)
+    for more in ((), ("--host", "localhost"), ("--host", "0.0.0.0"), ("--api-key", KEY)):
+        assert run("serve", "pocket", "--port", 0, *more)[0] == 0
+    assert statuses == [403, 403, 200, 200]
+
+
+def test_a_fault_of_ours_is_counted_and_told_as_one(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(running.server, "_submit", fail)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    asked = {"messages": messages(text="x")}
+    url = f"{running.url}/v1/chat/completions"
+    answer = httpx2.post(url, json=asked, headers=headers)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text
+    text = httpx2.get(f"{running.url}/metrics", headers=headers).text
+    assert '{path="/v1/chat/completions",status="500"} 1.0' in text
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_wrong_request(running: Running) -> None:
+    abandon_upload(running.url, KEY)
+    counted = '{path="/v1/chat/completions",status="499"}'
+    until = time.monotonic() + 20
+    while counted not in running.http.get("/metrics").text:
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_no_room_is_429_and_a_slow_answer_504(model: Model) -> None:

@@ -52,6 +52,7 @@ def page(
     from pumice.core.llm_client import LLMClient
     from pumice.infer.remote import choose_model
     from pumice.serve.forward import Forwarder
+    from pumice.serve.host_names import local_host
     from pumice.serve.limits import Limits
     from pumice.serve.run import listen, run
 
@@ -61,4 +62,5 @@ def page(
             name = choose_model(client, api_model)
         limits = Limits(max_new_tokens=max_new_tokens)
         note(f"{name} of {url}: {address(host, listener)} (page)")
-        run(Forwarder(endpoint, name, limits=limits, api_key=key), listener)
+        local = local_host(host, listener)
+        run(Forwarder(endpoint, name, limits=limits, api_key=key, local_host=local), listener)

@@ -97,6 +97,7 @@ def serve(
     """
     check_installed("fastapi", "prometheus_client", "uvicorn")
     from pumice.infer.model import load
+    from pumice.serve.host_names import local_host
     from pumice.serve.limits import MEBIBYTE, Limits
     from pumice.serve.run import listen, run
     from pumice.serve.server import Server
@@ -114,7 +115,8 @@ def serve(
     with listen(host, port) as listener:
         called = name or Path(model).resolve().name
         loaded = load(model, max_batch=max_batch, kept_bytes=kept, **asdict(loading))
-        server = Server(loaded, called, limits=limits, api_key=key)
+        local = local_host(host, listener)
+        server = Server(loaded, called, limits=limits, api_key=key, local_host=local)
         url = address(host, listener)
         note(f"{called}: {url} (page), {url}/v1 (OpenAI API)")
         run(server, listener)

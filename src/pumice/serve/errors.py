@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from pumice.serve.leaving import CLIENT_GONE
 from pumice.serve.messages import TAG
+
+log = logging.getLogger(__name__)
 
 # Seconds after which a client that found no room may try again, where nothing better is known.
 RETRY_AFTER = 1
@@ -92,14 +97,24 @@ async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     return error.response()
 
 
-async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
+async def answer_gone(request: Request, error: Exception) -> Response:
+    """Nothing, for a client that left before its body had come."""
+    return Response(status_code=CLIENT_GONE)
+
+
+async def answer_http_error(request: Request, error: Exception) -> Response:
     """An unknown path or method, or a body that is no JSON for another reason than its signs."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await answer_gone(request, error)
     if error.status_code == 400 and error.__cause__ is not None:
         # What FastAPI says of a body that it cannot parse leaves the cause out.
         response = ApiError(400, f"{_NO_JSON} ({_short(str(error.__cause__))})").response()
     else:
         message = f"{request.method} {_short(request.url.path)}: {error.detail}"
+        allowed = _allowed(request, error)
+        if allowed:
+            message += f"; allowed: {allowed}."
         response = ApiError(error.status_code, message).response()
     response.headers.update(error.headers or {})
     return response
@@ -121,6 +136,21 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     what = said if not place else f"{place}: {said}{given}"
     param = place or first.get("ctx", {}).get("param")
     return ApiError(400, what, param=param).response()
+
+
+async def answer_fault(request: Request, error: Exception) -> JSONResponse:
+    """A fault of ours: logged with its trace, told without it."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return ApiError(500, "the server made a mistake; its log says which.").response()
+
+
+def _allowed(request: Request, error: HTTPException) -> str:
+    """The methods of a path that is known, or the paths that are."""
+    if error.status_code == 405:
+        return (error.headers or {}).get("Allow", "")
+    if error.status_code == 404:
+        return ", ".join(sorted({route.path for route in request.app.routes}))
+    return ""
 
 
 def _short(text: str) -> str:

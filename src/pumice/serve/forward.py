@@ -15,9 +15,17 @@ import httpx2
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from pumice.core.llm_client import Endpoint
-from pumice.serve.errors import ApiError, answer_api_error, answer_http_error, event
+from pumice.serve.errors import (
+    ApiError,
+    answer_api_error,
+    answer_fault,
+    answer_gone,
+    answer_http_error,
+    event,
+)
 from pumice.serve.guard import Guard
 from pumice.serve.leaving import CLIENT_GONE, ClientGone, while_there
 from pumice.serve.limits import Limits
@@ -31,18 +39,25 @@ class Forwarder:
     """The page for one model of an endpoint; `app` is what uvicorn runs.
 
     The endpoint's key stays here: it goes with every request, and without one the client's own
-    does. `api_key` is what clients of the page must send themselves.
+    does. `api_key` is what clients of the page must send themselves, `local_host` what
+    `host_names.local_host` says of the port.
     """
 
     def __init__(
-        self, endpoint: Endpoint, model: str, *, limits: Limits, api_key: str | None = None
+        self,
+        endpoint: Endpoint,
+        model: str,
+        *,
+        limits: Limits,
+        api_key: str | None = None,
+        local_host: str | None = None,
     ) -> None:
         self.url = endpoint.url.rstrip("/")
         self.model = model
         self.limits = limits
         self._key = endpoint.api_key
         self._http = httpx2.AsyncClient(timeout=endpoint.timeout)
-        self.app = self._app(api_key)
+        self.app = self._app(api_key, local_host)
 
     async def stop(self) -> None:
         """Nothing waits here: answers on their way end with their connections."""
@@ -101,7 +116,7 @@ class Forwarder:
     def _unreachable(self, error: httpx2.TransportError) -> ApiError:
         return ApiError(502, f"the endpoint {self.url} does not answer: {error!r}.")
 
-    def _app(self, api_key: str | None) -> FastAPI:
+    def _app(self, api_key: str | None, local_host: str | None) -> FastAPI:
         @asynccontextmanager
         async def life(app: FastAPI) -> AsyncIterator[None]:
             yield
@@ -116,7 +131,15 @@ class Forwarder:
         add_page(app)
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_middleware(Guard, api_key=api_key, limits=self.limits, counted=_uncounted)
+        app.add_exception_handler(ClientDisconnect, answer_gone)
+        app.add_exception_handler(Exception, answer_fault)
+        app.add_middleware(
+            Guard,
+            api_key=api_key,
+            local_host=local_host,
+            limits=self.limits,
+            counted=_uncounted,
+        )
         return app
 
 

@@ -1,4 +1,4 @@
-"""What happens to every request before its path: the key, the size of its body, and its count."""
+"""What happens to every request before its path: its host, key, size of its body, and its count."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
-from pumice.serve.leaving import CLIENT_GONE
+from pumice.serve.host_names import foreign_host
 from pumice.serve.limits import Limits
 
 # A page that asks for the key, and a health check that has none.
@@ -22,12 +23,23 @@ Counted = Callable[[str, int, float], None]
 
 
 class Guard:
-    """Refuses without reading on: a wrong key with 401, a body that is too large with 413."""
+    """Refuses without reading on: a wrong key with 401, a body that is too large with 413.
+
+    `local_host` is the host that was bound where only this machine reaches the port; without a
+    key, requests for other hosts get 403 then.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, limits: Limits, counted: Counted
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        local_host: str | None,
+        limits: Limits,
+        counted: Counted,
     ) -> None:
         self._app, self._key, self._limits, self._counted = app, api_key, limits, counted
+        self._local = local_host if api_key is None else None
         self._held = 0
         """Bytes of all bodies that are being read or answered."""
 
@@ -36,7 +48,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), CLIENT_GONE
+        start, path = time.monotonic(), _route(scope)
+        # An answer to a fault of ours is sent outside of this.
+        status = 500
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -47,7 +61,7 @@ class Guard:
         try:
             await self._answer(scope, receive, sending)
         finally:
-            self._counted(_route(scope), status, time.monotonic() - start)
+            self._counted(path, status, time.monotonic() - start)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -62,6 +76,10 @@ class Guard:
             self._held -= body.read
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if self._local is not None:
+            foreign = foreign_host(headers.get(b"host", b""), self._local)
+            if foreign is not None:
+                return foreign
         guarded = self._key is not None and path not in _OPEN and not path.startswith(_OPEN_UNDER)
         if guarded:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -112,6 +130,8 @@ class _Body:
 
 
 def _route(scope: Scope) -> str:
-    """The path as it is declared; what is not declared counts together."""
-    route = scope.get("route")
-    return getattr(route, "path", "other")
+    """The path as it is declared, also of what is refused; what is not declared counts together."""
+    for route in scope["app"].routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            return str(route.path)
+    return "other"

@@ -7,7 +7,6 @@ and pass the answer on. Whatever a client sends, the process goes on.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import threading
 import time
@@ -38,6 +37,7 @@ from pumice.serve.errors import (
     ApiError,
     ErrorBody,
     answer_api_error,
+    answer_fault,
     answer_http_error,
     answer_invalid,
 )
@@ -49,8 +49,6 @@ from pumice.serve.page import add_page, settings
 from pumice.serve.pictures import read_messages
 from pumice.serve.replies import Reply
 from pumice.serve.schema import ChatRequest
-
-log = logging.getLogger(__name__)
 
 VERSION = metadata.version("pumice")
 Side = Annotated[int, Query(ge=1, le=1_000_000)]
@@ -71,10 +69,19 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 
 
 class Server:
-    """One model with its engine, limits and numbers; `app` is what uvicorn runs."""
+    """One model with its engine, limits and numbers; `app` is what uvicorn runs.
+
+    `local_host` is what `host_names.local_host` says of the port.
+    """
 
     def __init__(
-        self, model: Model, name: str, *, limits: Limits | None = None, api_key: str | None = None
+        self,
+        model: Model,
+        name: str,
+        *,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+        local_host: str | None = None,
     ) -> None:
         self.model, self.name = model, name
         self.limits = limits or Limits()
@@ -91,7 +98,7 @@ class Server:
         self._large = threading.Lock()
         self._ends: deque[float] = deque(maxlen=_RECENT)
         self.metrics = Metrics(self.online.counters)
-        self.app = self._app(api_key)
+        self.app = self._app(api_key, local_host)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -215,7 +222,7 @@ class Server:
                 code="model_not_found",
             )
 
-    def _app(self, api_key: str | None) -> FastAPI:
+    def _app(self, api_key: str | None, local_host: str | None) -> FastAPI:
         @asynccontextmanager
         async def life(app: FastAPI) -> AsyncIterator[None]:
             tidying = asyncio.create_task(_tidy())
@@ -246,10 +253,11 @@ class Server:
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(HTTPException, answer_http_error)
         app.add_exception_handler(RequestValidationError, answer_invalid)
-        app.add_exception_handler(Exception, _answer_fault)
+        app.add_exception_handler(Exception, answer_fault)
         app.add_middleware(
             Guard,
             api_key=api_key,
+            local_host=local_host,
             limits=self.limits,
             counted=self._count,
         )
@@ -276,9 +284,3 @@ async def _tidy() -> None:
     while True:
         await asyncio.sleep(_TIDY_SECONDS)
         await run_sync(give_back_heap)
-
-
-async def _answer_fault(request: Request, error: Exception) -> JSONResponse:
-    """A fault of ours: logged with its trace, told without it."""
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return ApiError(500, "the server made a mistake; its log says which.").response()
