@@ -564,6 +564,57 @@ def test_web_images_come_from_named_public_hosts_only(monkeypatch: pytest.Monkey
             fetch("http://pictures.test/a.png")
 
 
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The look-ups of *.test, of which none ends; afterwards none is left."""
+    asked, over, look_up = [], threading.Event(), socket.getaddrinfo
+
+    def hang(host: str, *more: Any, **options: Any) -> list[Any]:
+        if not str(host).endswith(".test"):
+            return look_up(host, *more, **options)
+        asked.append(host)
+        over.wait()
+        raise socket.gaierror("over")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    yield asked
+    over.set()
+    for _ in range(remote_images._MAX_LOOKUPS):
+        assert remote_images._lookups.acquire(timeout=10)
+    remote_images._lookups.release(remote_images._MAX_LOOKUPS)
+
+
+def test_a_look_up_ends_with_the_time_of_the_image(hanging: list[str]) -> None:
+    most = remote_images._MAX_LOOKUPS
+    start = time.monotonic()
+    for _ in range(most + 2):
+        with pytest.raises(DataError, match="'slow.test' took too long to look up"):
+            remote_images.fetch_image("http://slow.test/a.png", frozenset({"slow.test"}),
+                                      max_bytes=1000, seconds=0.1)  # fmt: skip
+    assert len(hanging) == most and time.monotonic() - start < 10
+
+
+def test_slow_hosts_hold_up_nobody_else(model: Model, hanging: list[str]) -> None:
+    limits = Limits(image_hosts=frozenset({"slow.test"}), fetch_seconds=4.0, drain_seconds=1.0)
+    server = Running(model, limits)
+    slow = messages("http://slow.test/a.png")
+    try:
+        with ThreadPoolExecutor(server_module._FETCHERS) as pool:
+            waiting = [
+                pool.submit(server.post, messages=slow) for _ in range(server_module._FETCHERS)
+            ]
+            while len(hanging) < server_module._FETCHERS:
+                time.sleep(0.01)
+            assert server.http.get("/health").status_code == 200
+            quick = server.post(messages=messages(uri(picture())), max_tokens=2)
+            assert quick.status_code == 200 and not any(one.done() for one in waiting)
+        for one in waiting:
+            error = one.result().json()["error"]
+            assert one.result().status_code == 400 and "too long to look up" in error["message"]
+    finally:
+        server.stop()
+
+
 def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "/moved": "HTTP/1.1 302 Found\r\nLocation: http://inside.test/\r\n\r\n",
@@ -598,7 +649,7 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.Monkey
 
         threading.Thread(target=serve, daemon=True).start()
         port = listener.getsockname()[1]
-        monkeypatch.setattr(remote_images, "_public_address", lambda host, port: "203.0.113.1")
+        monkeypatch.setattr(remote_images, "_public_address", lambda *_: "203.0.113.1")
         monkeypatch.setattr(socket, "create_connection",
                             lambda address, **k: connect(("127.0.0.1", port), **k))  # fmt: skip
 

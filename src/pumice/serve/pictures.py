@@ -56,6 +56,15 @@ def read_messages(messages: list[ChatMessage], limits: Limits, *, tiled: bool) -
     return Read(read, pixels)
 
 
+def fetches(messages: list[ChatMessage], limits: Limits) -> bool:
+    """Whether reading these messages waits for other hosts."""
+    return bool(limits.image_hosts) and any(
+        isinstance(part, ImagePart) and _is_web(part.image_url.url)
+        for message in messages
+        for part in message.content
+    )
+
+
 def _row(message: ChatMessage) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     return {**message.model_dump(), "role": role}
@@ -64,7 +73,7 @@ def _row(message: ChatMessage) -> dict[str, Any]:
 def _fetch(image: ImageUrl, limits: Limits) -> None:
     """Puts the bytes of a web address into its place, as a data URI."""
     url = image.url
-    if not url[:6].lower().startswith(("http:", "https:")):
+    if not _is_web(url):
         return
     if not limits.image_hosts:
         raise DataError(
@@ -75,6 +84,10 @@ def _fetch(image: ImageUrl, limits: Limits) -> None:
         url, limits.image_hosts, max_bytes=limits.max_image_bytes, seconds=limits.fetch_seconds
     )
     image.url = "data:;base64," + base64.b64encode(data).decode()
+
+
+def _is_web(url: str) -> bool:
+    return url[:6].lower().startswith(("http:", "https:"))
 
 
 def _check_texts(messages: tuple[Message, ...]) -> None:

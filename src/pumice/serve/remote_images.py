@@ -14,13 +14,19 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from pumice.core.errors import DataError
 
 MAX_REDIRECTS = 3
 _CHUNK = 2**16
+# Nothing ends a look-up from outside. One whose time is over goes on by itself until the system
+# gives it up, and if so many do, others wait for them.
+_MAX_LOOKUPS = 16
+_lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
 # IPv6 addresses that lead on to an IPv4 one, which may lie inside; and site-local ones.
 _GATEWAYS = tuple(
     ipaddress.ip_network(network)
@@ -68,9 +74,14 @@ def _checked(url: str, hosts: frozenset[str]) -> SplitResult:
     return parts
 
 
-def _public_address(host: str, port: int) -> str:
+def _public_address(host: str, port: int, deadline: float) -> str:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = _looked_up(host, port, deadline)
+    except TimeoutError as error:
+        raise DataError(
+            f"the image's host {host!r} took too long to look up: its name was not answered in "
+            f"time. Send the image as a data URI."
+        ) from error
     except OSError as error:
         raise DataError(f"the image's host {host!r} is not found: {error}.") from error
     addresses = [str(entry[4][0]) for entry in found]
@@ -81,6 +92,29 @@ def _public_address(host: str, port: int) -> str:
             f"is not public; nothing is fetched from there. Send the image as a data URI."
         )
     return addresses[0]
+
+
+def _looked_up(host: str, port: int, deadline: float) -> list[Any]:
+    """What getaddrinfo says; TimeoutError where it says nothing before the deadline."""
+    if not _lookups.acquire(timeout=_left(deadline)):
+        raise TimeoutError("too many other look-ups hang")
+    found: Future[list[Any]] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, ValueError) as error:  # ValueError: a name that no DNS could hold
+            found.set_exception(error)
+        finally:
+            _lookups.release()
+
+    threading.Thread(target=look_up, name="look-up", daemon=True).start()
+    return found.result(timeout=_left(deadline))
+
+
+def _left(deadline: float) -> float:
+    """Seconds; not none at all, which would mean no limit to some and no waiting to others."""
+    return max(0.1, deadline - time.monotonic())
 
 
 def _is_public(address: str) -> bool:
@@ -96,10 +130,10 @@ def _get(url: str, parts: SplitResult, max_bytes: int, deadline: float) -> bytes
     host = parts.hostname or ""
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
-    left = max(0.1, deadline - time.monotonic())
-    connection = http.client.HTTPConnection(host, port, timeout=left)
+    connection = http.client.HTTPConnection(host, port)
     try:
-        raw = socket.create_connection((_public_address(host, port), port), timeout=left)
+        address = _public_address(host, port, deadline)
+        raw = socket.create_connection((address, port), timeout=_left(deadline))
         with _cut_off(raw, deadline):
             connection.sock = (
                 ssl.create_default_context().wrap_socket(raw, server_hostname=host)

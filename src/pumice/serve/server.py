@@ -46,7 +46,7 @@ from pumice.serve.leaving import CLIENT_GONE, ClientGone
 from pumice.serve.limits import Limits
 from pumice.serve.metrics import Metrics
 from pumice.serve.page import add_page, settings
-from pumice.serve.pictures import read_messages
+from pumice.serve.pictures import fetches, read_messages
 from pumice.serve.replies import Reply
 from pumice.serve.schema import ChatRequest
 
@@ -54,6 +54,8 @@ VERSION = metadata.version("pumice")
 Side = Annotated[int, Query(ge=1, le=1_000_000)]
 # Threads that check requests and decode their images; each may hold one large picture's pixels.
 _READERS = 8
+# Those that wait for other hosts first, so that a slow one does not hold up every request.
+_FETCHERS = 8
 _LONGEST_RETRY = 60
 # It takes about 4 ms, in which no other thread is held up for long.
 _TIDY_SECONDS = 10.0
@@ -94,7 +96,7 @@ class Server:
             max_waiting_tokens=self.limits.max_waiting_tokens,
         )
         self.stopping = False
-        self._readers = CapacityLimiter(_READERS)
+        self._readers, self._fetchers = CapacityLimiter(_READERS), CapacityLimiter(_FETCHERS)
         self._large = threading.Lock()
         self._ends: deque[float] = deque(maxlen=_RECENT)
         self.metrics = Metrics(self.online.counters)
@@ -106,7 +108,9 @@ class Server:
             raise ApiError(503, "the server is stopping and takes no more requests.")
         self._check_model(body.model)
         start = time.monotonic()
-        handles = await run_sync(self._submit, body, limiter=self._readers)
+        waits = fetches(body.messages, self.limits)
+        limiter = self._fetchers if waits else self._readers
+        handles = await run_sync(self._submit, body, limiter=limiter)
         reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.name)
         if not body.stream:
             try:
