@@ -19,6 +19,8 @@ from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import Request, Result, Sampling, assistant, user
 from pumice.infer.engine import Engine
 from pumice.infer.online import BusyError, Counters, Handle, Online, Piece
+from pumice.infer.rows import Row
+from pumice.infer.scheduler import Limits
 from pumice.models.lmm import LMM
 from pumice.models.tiling import TilingSpec
 from pumice.processing.images import ImageSpec
@@ -152,6 +154,37 @@ def test_a_cancelled_request_frees_its_place_and_keeps_its_text(
     after = online.counters()
     assert (after.waiting, after.reading, after.running, after.positions) == (0, 0, 0, 0)
     assert (after.finished, after.cancelled, after.reserved) == (1, 2, 0)
+
+
+class Leaving(Row):
+    """A request whose client leaves just after the engine has looked at it so often."""
+
+    __slots__ = ()
+    looks = 0
+
+    @property
+    def cancelled(self) -> bool:  # type: ignore[override]
+        Leaving.looks -= 1
+        return Leaving.looks < 0
+
+
+def test_who_leaves_between_any_two_looks_is_over_once(engine: Engine, pictures: Path) -> None:
+    asked = Request((user("what is", pictures / "0.png"),), Sampling(max_new_tokens=5))
+    [alone] = fresh(engine, [asked])
+    ends = []
+    for looks in range(40):
+        scheduler = engine.scheduler(Limits(max_batch=2, prefill_chunk=8))
+        leaves, other = engine.row(asked), engine.row(asked)
+        leaves.__class__, Leaving.looks = Leaving, looks
+        scheduler.add(leaves)
+        scheduler.add(other)
+        over: list[Row] = []
+        while not scheduler.idle:
+            over += scheduler.step()
+        assert len(over) == 2 and set(over) == {leaves, other}
+        assert other.result(engine.processor.decode).text == alone.text
+        ends.append(leaves.result(engine.processor.decode).finish_reason)
+    assert ends[0] == "cancelled" and ends[-1] == alone.finish_reason
 
 
 def test_the_budget_is_kept(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import signal
@@ -318,7 +319,9 @@ def wait_for(running: Running, finished: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(running: Running, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_place(
+    running: Running, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     before = counters(running).cancelled
     body = json.dumps({"messages": messages(text="Describe"), "max_tokens": 64, "stream": stream,
                        "temperature": 2.0, "seed": 0, "n": 4})  # fmt: skip
@@ -332,9 +335,30 @@ def test_a_client_that_leaves_frees_its_place(running: Running, stream: bool) ->
             client.sendall((head + body).encode())
             while not counters(running).running:
                 time.sleep(0.01)
-        wait_for(running, before + 1)
+        wait_for(running, before + 4)
+        assert running.http.get("/health").status_code == 200
+        gc.collect()  # the loop complains of what nobody waits for when that is thrown away
+        assert not caplog.records
     finally:
         running.server.online._scheduler.step = slow  # type: ignore[method-assign]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_has_broken_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyError("a mistake of ours")
+
+    server = Running(model, Limits(drain_seconds=1.0))
+    monkeypatch.setattr(server.server.online._scheduler, "step", fail)
+    try:
+        first = server.post(messages=messages(text="x"))
+        assert first.status_code == 500 and "has stopped" in first.json()["error"]["message"]
+        server.server.online._thread.join(20)
+        for refused in (server.post(messages=messages(text="x")), server.http.get("/health")):
+            assert refused.status_code == 503
+            assert "engine has stopped" in refused.json()["error"]["message"]
+    finally:
+        server.stop()
 
 
 def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:

@@ -240,6 +240,11 @@ class Online:
             self._changed.notify_all()
         return handles
 
+    @property
+    def broken(self) -> bool:
+        """Whether a mistake of ours has ended it: it answers nothing any more."""
+        return not self._closing and not self._thread.is_alive()
+
     def counters(self) -> Counters:
         """A snapshot for metrics."""
         scheduler, memory = self._scheduler, self._engine.memory
@@ -302,6 +307,8 @@ class Online:
 
     def _check_room(self, rows: Sequence[Row] = ()) -> None:
         """Whether rows may come; without any, whether one could."""
+        if self.broken:
+            raise BusyError("the engine has stopped by a fault of its own; the log says which.")
         if self._draining:
             raise BusyError("the engine is closing and takes no more requests.")
         waiting = self._without_place(rows)
@@ -389,6 +396,5 @@ def _raise_error(result: Result) -> None:
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    # The loop of a client that has gone may be closed before its request ends.
-    with suppress(RuntimeError):
+    with suppress(RuntimeError):  # the loop of a client that has gone may be closed already
         loop.call_soon_threadsafe(call)

@@ -134,13 +134,14 @@ class Scheduler:
 
     def _drop_cancelled(self) -> list[Row]:
         """Frees what cancelled rows hold, wherever they are."""
-        gone = [row for row in (*self.waiting, *self.reading) if row.cancelled]
+        # Each row is looked at once, for its client may leave between two looks.
+        gone = {row: None for row in (*self.waiting, *self.reading) if row.cancelled}
         for row in gone:
             row.cache = None
             self._opened.pop(row, None)
-        self.waiting = deque(row for row in self.waiting if not row.cancelled)
-        self.reading = [row for row in self.reading if not row.cancelled]
-        return gone + self._leave([row for row in self.running.rows if row.cancelled])
+        self.waiting = deque(row for row in self.waiting if row not in gone)
+        self.reading = [row for row in self.reading if row not in gone]
+        return [*gone, *self._leave([row for row in self.running.rows if row.cancelled])]
 
     def _leave(self, rows: Sequence[Row]) -> list[Row]:
         for row in rows:
@@ -267,9 +268,11 @@ class Scheduler:
             assert row.cache is not None
             self._memory.prefixes.add(row.symbols, row.cache, 0, 0)
             row.features = []
-        if goes_on := [row for row in ready if not row.over]:
+        over = [row for row in ready if row.over]
+        # Who is cancelled from here on leaves the batch, and must not be over twice.
+        if goes_on := [row for row in ready if row not in over]:
             self.running.join(goes_on)
-        return [row for row in ready if row.over]
+        return over
 
     def _chunks(self, ends: Mapping[Row, int]) -> list[Chunk]:
         """The next positions of these rows, up to where each is to be read now."""

@@ -21,7 +21,7 @@ _MOMENT = 10.0
 
 async def whole_answers(handles: list[Handle], request: Request, seconds: float) -> list[Result]:
     """The results of all choices; whatever happens, no request goes on afterwards."""
-    task = asyncio.gather(*(_finished(handle) for handle in handles))
+    task = asyncio.create_task(_all_finished(handles))
     try:
         async with asyncio.timeout(seconds):
             results = await while_there(task, request)
@@ -89,6 +89,11 @@ def too_slow(seconds: float) -> ApiError:
         f"the answer was not ready after {seconds:g} seconds, the most a request may take here; "
         f"ask for fewer tokens (max_tokens), or again later.",
     )
+
+
+async def _all_finished(handles: list[Handle]) -> list[Result]:
+    # A task around it, because a gathering that is cancelled itself is a stack in the log.
+    return list(await asyncio.gather(*(_finished(handle) for handle in handles)))
 
 
 async def _finished(handle: Handle) -> Result:

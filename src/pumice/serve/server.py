@@ -157,9 +157,11 @@ class Server:
         await run_sync(self.online.close, self.limits.drain_seconds)
 
     def health(self) -> dict[str, Any]:
-        """GET /health; 503 once the server has been asked to stop."""
+        """GET /health; 503 once the server has been asked to stop, or cannot answer any more."""
         if self.stopping:
             raise ApiError(503, "the server is stopping and takes no more requests.")
+        if self.online.broken:
+            raise ApiError(503, "the engine has stopped; see the log, and start the server again.")
         now = self.online.counters()
         return {
             "status": "ok",
@@ -208,7 +210,7 @@ class Server:
             raise ApiError(400, str(error), param="messages") from error
 
     def _no_room(self, error: BusyError) -> ApiError:
-        if self.stopping:
+        if self.stopping or self.online.broken:
             return ApiError(503, str(error))
         wait = RETRY_AFTER
         if len(self._ends) > 1:
