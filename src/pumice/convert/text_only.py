@@ -55,7 +55,9 @@ class NoConnector(nn.Identity):
 class TextOnlyProcessor(Processor):
     """A processor whose images are errors of the request that holds them."""
 
-    def load_image(self, image: ImagePart, where: str = "") -> tuple[torch.Tensor, tuple[int, int]]:
+    def load_image(
+        self, image: ImagePart, where: str = "", room: object = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
         """Always raises."""
         raise DataError(f"{where or 'the prompt'}: {_NO_IMAGES}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import zlib
@@ -52,6 +53,9 @@ _DAMAGE = (
 )
 _REMEDY = "Restore or download the file again, or leave it out."
 _pillow_limit = threading.Lock()
+# Bytes of a file that is read by one call: Pillow asks for a little at a time, and under some
+# hypervisors ten calls of the system cost a few hundredths of what the picture does.
+_AT_ONCE = 16 * 2**20
 # The pictures inside are as large as they say themselves, whatever the icon's own header says, and
 # one of an ICO is decoded when the file is opened. Only Pillow's own limit bounds them.
 _ICONS = ("ICO", "ICNS")
@@ -79,7 +83,7 @@ def open_image(
         _check_size(source.size, max_pixels, name, where)
         return _decode(source, name, where, transparency)
     name = _name(source)
-    with _opened(source, name, where) as file:
+    with _opened(source, name, where, at_once=_AT_ONCE) as file:
         image = _identify(file, name, where)
         _check_size(image.size, max_pixels, name, where)
         _note_frames(image, name, where)
@@ -134,14 +138,15 @@ def _error(where: str, name: str, what: str, remedy: str = _REMEDY) -> DataError
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str, where: str) -> Iterator[BinaryIO]:
+def _opened(source: Path | bytes, name: str, where: str, *, at_once: int = 0) -> Iterator[BinaryIO]:
+    """What a picture is read from; a file of at most `at_once` bytes is read here, as a whole."""
     if isinstance(source, bytes):
         if not source:
             raise _error(where, name, "is empty (0 bytes)")
         yield io.BytesIO(source)
         return
     try:
-        file = source.open("rb")
+        file = source.open("rb", buffering=0)
     except FileNotFoundError as error:
         remedy = "Check the path and the directory it is relative to, or download the file."
         raise _error(where, name, "does not exist", remedy) from error
@@ -151,10 +156,22 @@ def _opened(source: Path | bytes, name: str, where: str) -> Iterator[BinaryIO]:
     except OSError as error:
         remedy = "Check the path and its permissions."
         raise _error(where, name, f"cannot be opened ({error.strerror})", remedy) from error
-    with file:
-        if source.stat().st_size == 0:
+    with io.BufferedReader(file) as reader:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
             raise _error(where, name, "is empty (0 bytes)")
-        yield file
+        yield io.BytesIO(_read(file, size, name, where)) if size <= at_once else reader
+
+
+def _read(file: io.FileIO, size: int, name: str, where: str) -> bytes:
+    """So many bytes, or what there is of them: the decoder says where a file is cut off."""
+    try:
+        data = file.read(size) or b""
+        while len(data) < size and (more := file.read(size - len(data))):
+            data += more
+    except OSError as error:
+        raise _error(where, name, f"cannot be read ({error.strerror})") from error
+    return data
 
 
 def _identify(file: BinaryIO, name: str, where: str) -> PIL.Image.Image:

@@ -137,8 +137,9 @@ def _normalised(
 ) -> NDArray[np.float32]:
     """Levels of 0 to 255, [3, rows, columns] -> float32 of the same shape, written to `out`."""
     # Hugging Face divides by 255 in float64; of the 256 levels the quotients are equal.
+    # With a number of their type numpy needs no buffer for float32.
     values: NDArray[np.float32] = np.divide(
-        levels, 255, out=out, dtype=np.float32, casting="unsafe"
+        levels, np.float32(255), out=out, dtype=np.float32, casting="unsafe"
     )
     values -= np.array(spec.mean, np.float32)[:, None, None]
     values /= np.array(spec.std, np.float32)[:, None, None]

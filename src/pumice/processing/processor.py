@@ -143,7 +143,7 @@ class Processor:
         return encoded
 
     def room(self, images: int) -> ViewRoom | None:
-        """Room for the views of a batch with so many images; None where their number is open."""
+        """Room for the views of a batch with so many images; None where there may be more."""
         return ViewRoom(images, self.image_spec.size) if self.image_spec.tiling is None else None
 
     def encode_prompt(
@@ -374,8 +374,8 @@ class Processor:
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """The views of all images, float[N, 3, S, S], and each image's width and height."""
         pairs = [self.load_image(image, at, room) for image, at in _named(images, where)]
-        none = torch.empty(0, 3, *[self.image_spec.size] * 2)
-        return in_one([none, *(view for view, _ in pairs)]), [size for _, size in pairs]
+        views = [view for view, _ in pairs] or [torch.empty(0, 3, *[self.image_spec.size] * 2)]
+        return in_one(views), [size for _, size in pairs]
 
     def _find_tokens(self) -> dict[Token, int]:
         """Ids of the template's special tokens; BOS alone may be missing."""

@@ -31,9 +31,9 @@ _BITS, _REACH = 22, 2.0
 # Levels that share a product, of a row and of a column: more make it wider than its weights, fewer
 # make more products.
 _ACROSS, _DOWN = 16, 8
-# Multiplications of one product up to which OpenBLAS has kernels for small matrices, which take
-# half the time here.
-_SMALL = 1_000_000
+# Multiplications of one product: up to a million OpenBLAS has kernels for small matrices, which
+# take half the time here, and with half of that what is worked on stays in a core's cache.
+_SMALL = 500_000
 # Numbers in float32 of which memory is kept for the next picture.
 _KEPT = 2**22
 # Of float32, and the additions that round besides those of the weights.
@@ -64,6 +64,9 @@ class _Axis:
     """Blocks that rows are made in."""
     down: Bands
     """Blocks that columns are made in."""
+    across_most: int
+    """The weights of the largest block."""
+    down_most: int
     doubtful: np.float32
     """A sum that is farther than this from a whole number may have been rounded the wrong way."""
 
@@ -126,8 +129,7 @@ def _filter_rows(
     ]
     begin, end, start = bands[0][1].start, bands[-1][1].stop, bands[0][0].start
     width = into.shape[2]
-    most = max(weights.size for _, _, weights in bands)
-    count = max(1, min(image.height, _SMALL // (3 * most)))
+    count = max(1, min(image.height, _SMALL // (3 * axis.across_most)))
     before = _space("before", count, 3, end - begin)
     before[:, :, : left - begin] = np.array(color)[:, None]
     before[:, :, left - begin + image.width :] = np.array(color)[:, None]
@@ -157,9 +159,10 @@ def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Leve
     flat, start = rows.reshape(len(rows), -1), bands[0][0].start
     width = flat.shape[1]
     sums = _space("sums", bands[-1][0].stop - start, width)
-    count = max(1, _SMALL // max(weights.size for _, _, weights in bands))
+    count = max(1, _SMALL // axis.down_most)
+    parts = [slice(column, column + count) for column in range(0, width, count)]
     for made, of, weights in bands:
-        for part in (slice(column, column + count) for column in range(0, width, count)):
+        for part in parts:
             np.matmul(
                 weights.T, flat[of.start - begin : of.stop - begin, part],
                 out=sums[made.start - start : made.stop - start, part],
@@ -247,7 +250,12 @@ def _banded(first: NDArray[np.int64], units: NDArray[np.int64], before: int) -> 
     # The bound of a sum in any order: one rounding for each product and addition.
     doubtful = np.float32(0.5 - 255 * heaviest * (most + _SLACK) * _ROUNDING)
     across, down = (_in_blocks(begins, weights, length) for length in (_ACROSS, _DOWN))
-    return _Axis(begins, weights, across, down, doubtful)
+    return _Axis(begins, weights, across, down, _largest(across), _largest(down), doubtful)
+
+
+def _largest(bands: Bands) -> int:
+    """The weights of the block that has the most."""
+    return max(weights.size for _, _, weights in bands)
 
 
 def _in_blocks(begins: NDArray[np.int64], weights: NDArray[np.int64], length: int) -> Bands:

@@ -14,20 +14,19 @@ class ViewRoom:
     """float[N, 3, S, S] that is given out view by view; when all are, there is no more room."""
 
     def __init__(self, count: int, side: int) -> None:
-        self._free = torch.empty(count, 3, side, side)
+        self._free = iter(torch.empty(count, 3, side, side).unbind())
 
     def take(self) -> torch.Tensor | None:
         """The next float[3, S, S], to be filled, or None."""
-        if not len(self._free):
-            return None
-        taken, self._free = self._free[0], self._free[1:]
-        return taken
+        return next(self._free, None)
 
 
 def in_one(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """float[n, 3, S, S] of each -> float[N, 3, S, S]; no copy where one lies behind the other."""
     parts = [part for part in parts if len(part)] or list(parts[:1])
     first = parts[0]
+    if len(parts) == 1:
+        return first
     storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
     for part in parts:
         beside = part.untyped_storage().data_ptr() == storage and part.storage_offset() == offset
