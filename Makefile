@@ -21,9 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: venv ## train, judge and try the pocket model; prints where report.html is
+demo: venv ## train and judge the pocket model, on all benchmarks; prints where the reports are
 	$(BIN)/pumice run pocket --out $(OUT)
-	@echo "Open $(OUT)/report.html in a browser."
+	$(BIN)/pumice eval $(OUT)/tune --bench all --limit 100 --data $(OUT)/data --out $(OUT)/benchmarks
+	@echo "Open $(OUT)/report.html and $(OUT)/benchmarks/report.html in a browser."
 
 lint: venv ## ruff, formatting and types
 	$(BIN)/ruff check .

@@ -98,3 +98,14 @@ def test_every_room_is_on_the_map() -> None:
     folders = {path.parent.name for path in (ROOT / "src" / "pumice").glob("*/__init__.py")}
     mapped = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
     assert mapped == folders
+
+
+def test_the_demo_ends_with_every_benchmark() -> None:
+    """In the directory that its run leaves; the twelve run offline there."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\ndemo:")[1].split("\n\n")[0]
+    lines = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()[1:]]
+    asked = [line.replace("$(OUT)", "out") for line in lines if line.startswith("pumice ")]
+    for line in asked:
+        parse(line)
+    assert asked[0].startswith("pumice run pocket --out out")
+    assert "eval out/tune --bench all" in asked[1] and "--data out/data" in asked[1]
