@@ -132,6 +132,34 @@ def test_equal_options_are_no_equal_question(tmp_path: Path) -> None:
     assert rescore(mmbench, tmp_path, path).metrics is not None
 
 
+def test_options_of_several_lines_do_not_ask(tmp_path: Path) -> None:
+    """MMBench has such: tweets, and programs."""
+    mmbench = BENCHMARKS["mmbench"]
+    table = next(mmbench_files(tmp_path).rglob("*.tsv"))
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace("\tcat\tdog\t", '\t"cat\nx = 1"\tdog\t'), encoding="utf-8")
+    items = mmbench.load(tmp_path)
+    assert "A. cat\nx = 1\nB. dog" in items[0].prompt
+    rows: list[dict[str, object]] = [
+        {"index": item.id, "prediction": "A", "question": item.extra["cells"]["question"]}
+        for item in items
+    ]
+    path = dump_lines(tmp_path / "a.jsonl", rows)
+    assert rescore(mmbench, tmp_path, path).metrics is not None
+
+
+def test_a_sheet_tells_what_was_asked_by_its_questions(tmp_path: Path) -> None:
+    """MMBench in Chinese has the indices of the English one, and sheets hold no prompts."""
+    mmbench = BENCHMARKS["mmbench"]
+    mmbench_files(tmp_path)
+    answers = tmp_path / "answers.tsv"
+    rows = [("7", "Which  one?"), ("1000007", "Which  one?"), ("2000007", "哪一个？")]
+    lines = [f"{index}\t{question}\tA" for index, question in rows]
+    answers.write_text("\n".join(["index\tquestion\tprediction", *lines]), encoding="utf-8")
+    scores = rescore(mmbench, tmp_path, answers)
+    assert scores.notes[0].startswith("1 of 3 answers were given to another question")
+
+
 def test_textvqa_is_scored_without_the_tokens_it_was_asked_with(tmp_path: Path) -> None:
     textvqa = BENCHMARKS["textvqa"]
     data = textvqa_files(tmp_path)

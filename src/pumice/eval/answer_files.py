@@ -108,13 +108,15 @@ def _answer(row: object, where: str) -> Answer:
                 f"{where}: {key} is {row[key]!r:.80}, where a text belongs. Correct this row."
             )
     error, category = row.get("error"), row.get("category")
+    question = row.get("question") if isinstance(row.get("question"), str) else None
     extra = row["extra"] if isinstance(row.get("extra"), dict) else {}
     # With MMBench's --all-rounds the same index is asked again with turned options.
     turn = row.get("round_id")
     return _text_answer(
         f"{name}#{turn}" if turn else name,
         next((row[key] for key in TEXT_NAMES if key in row), None),
-        prompt=row.get("prompt") or None,
+        # Some write down the question alone.
+        prompt=row.get("prompt") or question or None,
         category=category if isinstance(category, str) else None,
         # What other tools write where all went well.
         error=None if error in ("", False) else error,
@@ -155,7 +157,7 @@ def _table_answers(path: Path) -> list[Answer]:
             )
         # An empty cell is no answer: the item counts as missing.
         if text is not None:
-            answers.append(Answer(id=name, text=text))
+            answers.append(Answer(id=name, text=text, prompt=row.get("question")))
     return answers
 
 

@@ -6,7 +6,6 @@ in Chinese. Answers to the one would be scored as answers to the other, and give
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -21,8 +20,6 @@ from pumice.processing.response_formats import FORMATS, OCR_TOKENS
 _SLIPS = 0.9
 # Sentences that questions share; two prompts with nothing else in common ask different things.
 _SHARED = frozenset(line for name in FORMATS.names() for line in FORMATS[name].lower().split("\n"))
-
-_OPTION = re.compile(r"[a-z]\. ")
 
 
 def match_file(
@@ -75,13 +72,19 @@ def _to_another(benchmark: Benchmark, answer: Answer, item: Item) -> bool:
 
 
 def _question_line(prompt: str) -> str | None:
-    """The line that asks: the last which is no option and no sentence that questions share.
+    """The line that asks: the last before the options which is no sentence that questions share.
 
     Of options and hints many are shared, too: "A. yes", "The picture shows shapes.".
     """
-    lines = [line for line in map(_plain, prompt.split("\n")) if line not in _SHARED]
-    lines = [line for line in lines if not line.startswith(_plain(OCR_TOKENS))]
-    return next((line for line in reversed(lines) if not _OPTION.match(line)), None)
+    lines = [_plain(line) for line in prompt.split("\n")]
+    # An option may go over several lines, and a hint may hold a list.
+    first_option = max((n for n, line in enumerate(lines) if line.startswith("a. ")), default=None)
+    asking = lines[:first_option] or lines
+    skipped = _plain(OCR_TOKENS)
+    return next(
+        (line for line in reversed(asking) if line not in _SHARED and not line.startswith(skipped)),
+        None,
+    )
 
 
 def _asks(line: str, prompt: str) -> bool:
