@@ -150,6 +150,17 @@ def test_pope_takes_plain_ids_of_one_category(tmp_path: Path) -> None:
     assert list(scores.by_category) == ["popular"] and scores.missing == 8
 
 
+def test_a_category_of_pope_that_is_not_there_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mean of two categories is no POPE score, though it looks like one."""
+    BENCHMARKS["pope"].load(pope_files(tmp_path))
+    assert not caplog.records
+    (tmp_path / "pope" / "coco_pope_adversarial.json").unlink()
+    BENCHMARKS["pope"].load(tmp_path)
+    assert "no label file of adversarial" in caplog.text
+
+
 def test_pope_refuses_ids_that_could_be_any_category(tmp_path: Path) -> None:
     rows = [{"question_id": n % 4 + 1, "text": "yes"} for n in range(12)]
     with pytest.raises(DataError, match="category"):

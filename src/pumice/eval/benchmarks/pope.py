@@ -15,6 +15,7 @@ import numpy as np
 
 from pumice.core.errors import DataError
 from pumice.core.files import read_jsonl
+from pumice.core.log import get_logger
 from pumice.eval.benchmark import (
     PROMPTS,
     Answer,
@@ -36,6 +37,8 @@ _FOLDERS = ("", "coco/", "output/coco/")
 _SHIFTED = ("popular", "random")  # From the largest offset down.
 _NO = frozenset({"No", "not", "no"})
 
+log = get_logger(__name__)
+
 
 class Pope(Benchmark):
     """Accuracy, precision, recall, F1 and yes ratio per category; the headline is the mean F1."""
@@ -50,11 +53,12 @@ class Pope(Benchmark):
     def load(self, data_dir: Path) -> list[Item]:
         """Items of every label file present, at least one; ids are "category/question_id"."""
         find_image = ImageFinder(data_dir, self.name)
-        items = []
+        items, absent = [], []
         for category in LLAVA_OFFSETS:
             names = [f"{folder}coco_pope_{category}.json" for folder in _FOLDERS]
             path = find_file_if_any(data_dir, self.name, names)
             if path is None:
+                absent.append(category)
                 continue
             labels = self._read_labels(path, category, find_image)
             wanted = self.chosen["labels"]
@@ -69,6 +73,12 @@ class Pope(Benchmark):
                 f"pope: no label file coco_pope_(adversarial|popular|random).json in {data_dir} or "
                 f"{data_dir / self.name}. Give the directory that holds them with --data, or make "
                 f"them with `pumice world make --out DIR`."
+            )
+        if absent:
+            log.warning(
+                "pope: no label file of %s in %s; means are over the others",
+                " and ".join(absent),
+                data_dir,
             )
         return items
 
@@ -263,7 +273,7 @@ def _other_question(answer: Answer, item: Item) -> bool:
     """
     if answer.prompt is None:
         return False
-    return _plain(item.extra["text"]) not in _plain(answer.prompt)
+    return _plain(item.extra["text"]).rstrip("?") not in _plain(answer.prompt)
 
 
 def _plain(question: str) -> str:
