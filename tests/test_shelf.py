@@ -375,6 +375,19 @@ def test_mmbench_needs_every_turn_of_a_question(tmp_path: Path) -> None:
     assert set(scores.by_category) >= {"attribute", "category=fine logic"}
 
 
+def test_mmbench_draws_pictures_and_counts_questions(tmp_path: Path) -> None:
+    """Its three questions here are about one picture: of one there is nothing to draw."""
+    mmbench = BENCHMARKS["mmbench"]
+    items = mmbench.load(mmbench_files(tmp_path))
+    assert len({item.group for item in items}) == 1
+    rows: list[dict[str, object]] = [
+        {"question_id": item.id, "text": "?" if item.id == "7" else item.truth} for item in items
+    ]
+    scores = scored(mmbench, tmp_path, rows)
+    assert scores.metrics is not None and scores.metrics["circular_accuracy"] == 66.6667
+    assert scores.interval["circular_accuracy"] == (66.6667, 66.6667)
+
+
 @pytest.mark.parametrize(
     ("name", "lost", "all_right", "rest_wrong"),
     [
@@ -389,10 +402,10 @@ def test_half_a_group_is_left_out_and_not_half_right(
 ) -> None:
     benchmark = BENCHMARKS[name]
     items = benchmark.load(FILES[name](tmp_path))
-    group = next(item.group for item in items if item.id == lost)
+    groups = {item.id: item.extra.get("question", item.group) for item in items}
     rest = [item for item in items if item.id != lost]
     truths = {item.id: benchmark.truth_text(item) for item in rest}
-    wrong = truths | {item.id: "?" for item in rest if item.group == group}
+    wrong = truths | {item.id: "?" for item in rest if groups[item.id] == groups[lost]}
     for said, expected in ((truths, all_right), (wrong, rest_wrong)):
         rows: list[dict[str, object]] = [
             {"question_id": name, "text": text} for name, text in said.items()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,9 +71,9 @@ class MMBench(Benchmark):
             self._item(row, pictures, f"{file}, row {number}")
             for number, row in enumerate(rows, start=2)
         ]
-        turns = Counter(item.group for item in items)
+        turns = Counter(item.extra["question"] for item in items)
         for item in items:
-            item.extra["turns"] = turns[item.group]
+            item.extra["turns"] = turns[item.extra["question"]]
         return items
 
     def _item(self, row: Cells, pictures: dict[str, str], where: str) -> Item:
@@ -88,14 +88,18 @@ class MMBench(Benchmark):
         picture = row.get("image") or ""
         if len(picture) < _SHORTEST_PICTURE:
             picture = pictures.get(picture, "")
+        image = _picture_file(picture) if picture else None
+        question = str(int(index) % TURN)
         return Item(
             id=index,
-            image=_picture_file(picture) if picture else None,
+            image=image,
             prompt=with_format(_question(row), self.sentence),
             truth=truth,
-            group=str(int(index) % TURN),
+            # Some pictures are asked about in several questions.
+            group=question if image is None else image.stem,
             category=row.get("l2-category") or "",
             extra={
+                "question": question,
                 "options": options,
                 "picture": picture,
                 "category": row.get("category") or "",
@@ -131,15 +135,21 @@ class MMBench(Benchmark):
         return sums
 
     def tally_group(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The rows' tallies, and whether all rows of the question are right.
+        """The rows' tallies, and of how many questions all rows are right.
 
         A question that was not answered in every order is left out, and so is, as officially, one
         whose first order is not in the file.
         """
-        sums = super().tally_group(rows)
-        if "n/first" in sums and len(rows) == rows[0].item.extra["turns"]:
-            sums |= {"questions": 1.0, "circular": float(sums["right"] == sums["n"])}
-        return sums
+        questions: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            questions[row.item.extra["question"]].append(row)
+        sums: Counter[str] = Counter()
+        for turned in questions.values():
+            own = super().tally_group(turned)
+            if "n/first" in own and len(turned) == turned[0].item.extra["turns"]:
+                own |= {"questions": 1.0, "circular": float(own["right"] == own["n"])}
+            sums.update(own)
+        return dict(sums)
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:
         """Accuracy over questions asked in circle, over first orders, over rows; float[...]."""
