@@ -255,6 +255,15 @@ def test_results_of_another_form_are_named(content: object, tmp_path: Path) -> N
         rescore(BENCHMARKS["scienceqa"], science_files(tmp_path), path)
 
 
+@pytest.mark.parametrize("code", ["gbk", "utf-16"])
+def test_a_table_in_another_encoding_is_named(code: str, tmp_path: Path) -> None:
+    """As a spreadsheet saves it where Chinese is written."""
+    path = tmp_path / "answers.csv"
+    path.write_bytes("index,question,prediction\n7,哪一个？,A\n".encode(code))
+    with pytest.raises(DataError, match="answers.csv, after line 0: this is no table of UTF-8"):
+        rescore(BENCHMARKS["mmbench"], mmbench_files(tmp_path), path)
+
+
 def test_pope_takes_ids_and_categories_for_what_they_are(tmp_path: Path) -> None:
     items = load_items(BENCHMARKS["pope"], pope_files(tmp_path))
     rows: list[dict[str, object]] = [

@@ -30,20 +30,32 @@ def read_table(path: Path, empty: Collection[str] = frozenset({""})) -> Iterator
     csv.field_size_limit(sys.maxsize)
     delimiter = "," if path.suffix == ".csv" else "\t"
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        names = next(reader, [])
-        for cells in reader:
+        reader = _readable(csv.reader(file, delimiter=delimiter), path)
+        names = next(reader, (0, []))[1]
+        for line, cells in reader:
             if not cells:
                 continue
             if len(cells) != len(names):
                 raise DataError(
-                    f"{path}, line {reader.line_num}: this row has {len(cells)} cells, the table "
+                    f"{path}, line {line}: this row has {len(cells)} cells, the table "
                     f"has {len(names)} columns. Take the official file, or correct the row."
                 )
             yield {
                 name: None if cell in empty else cell
                 for name, cell in zip(names, cells, strict=True)
             }
+
+
+def _readable(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The line number and the cells of every row; a DataError for bytes that are no text."""
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{path}, after line {reader.line_num}: this is no table of UTF-8 text ({error}). Save "
+            f"it as UTF-8 again."
+        ) from error
 
 
 def read_sheet(path: Path) -> Iterator[Cells]:
