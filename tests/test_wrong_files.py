@@ -27,6 +27,9 @@ from shelf_files import (
 )
 
 
+VQA = "v2_mscoco_val2014_annotations.json"
+
+
 def edit(path: Path, change: Callable[[Any], object]) -> None:
     """Changes what a JSON or JSONL file holds."""
     text = path.read_text(encoding="utf-8")
@@ -75,6 +78,13 @@ def test_an_order_of_options_that_is_there_twice_is_refused(tmp_path: Path) -> N
         load_items(BENCHMARKS["mmbench"], tmp_path)
 
 
+def test_a_question_with_two_annotations_is_refused(tmp_path: Path) -> None:
+    file = vqa_files(tmp_path) / VQA
+    edit(file, lambda content: content["annotations"].append(content["annotations"][0]))
+    with pytest.raises(DataError, match="13 annotations of 12 questions"):
+        load_items(BENCHMARKS["vqav2"], tmp_path)
+
+
 def place(*keys: str | int) -> Callable[[object], Callable[[Any], None]]:
     """Puts a value where these keys lead to."""
 
@@ -87,9 +97,6 @@ def place(*keys: str | int) -> Callable[[object], Callable[[Any], None]]:
         return change
 
     return given
-
-
-VQA = "v2_mscoco_val2014_annotations.json"
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,13 @@ class VQAv2(Benchmark):
         file = find_file(data_dir, self.name, [ANNOTATIONS])
         answers = read_json(file)
         require(answers, ("annotations",), str(file))
-        return {row["question_id"]: row for row in answers["annotations"]}
+        found = {row["question_id"]: row for row in answers["annotations"]}
+        if len(found) < len(answers["annotations"]):
+            raise DataError(
+                f"{file}: {len(answers['annotations'])} annotations of {len(found)} questions, and "
+                f"a question has one. Take the official file."
+            )
+        return found
 
     def parse(self, text: str, item: Item) -> str | None:
         """The answer as the scorer compares it; None when nothing was said."""
