@@ -26,7 +26,6 @@ from shelf_files import (
     vizwiz_files,
 )
 
-
 VQA = "v2_mscoco_val2014_annotations.json"
 
 
