@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +160,44 @@ def test_exit_codes(
 
     monkeypatch.setattr("pumice.recipe.load.recipe_names", fail)
     assert run("recipes")[0] == code
+
+
+def importing(tmp_path: Path, module: str, words: str, ignored: bool = False) -> tuple[int, str]:
+    """Exit code and output of a command that is interrupted while it imports a module."""
+    # What an import raises seldom comes out as it was.
+    (tmp_path / f"{module}.py").write_text("""
+import sys, time
+print("importing", flush=True)
+try:
+    time.sleep(2)
+except KeyboardInterrupt:
+    raise RuntimeError("a fault of the module")
+sys.exit(7)
+""")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pumice", *words.split()], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler
+        ),
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    return process.returncode, told
+
+
+def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
+    # The command line itself, and what a command needs.
+    for module, words in (("typer", "--help"), ("yaml", "recipes")):
+        (tmp_path / words).mkdir()
+        assert importing(tmp_path / words, module, words) == (130, "")
+    assert importing(tmp_path, "typer", "--help", ignored=True) == (7, "")
+    # The script that pip writes starts as `python -m pumice` does.
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"pumice": "pumice.__main__:main"}
 
 
 # --- recipes, ask, chat ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 import tiny
 from pumice.core.errors import PumiceError
+from pumice.core.interrupts import take_ctrl_c
 from pumice.data.packing import Packing
 from pumice.models import checkpoint
 from pumice.models.checkpoint import load_lmm
@@ -390,6 +391,23 @@ def test_ctrl_c_saves_once_and_a_second_one_stops_at_once(
             stop_after(patch, step, by=signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run_stage(spec, tmp_path / "twice")
+
+
+def test_ctrl_c_of_the_command_line_saves_too(
+    spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        take_ctrl_c()
+        taken = signal.getsignal(signal.SIGINT)
+        stop_after(monkeypatch, 1, by=signal.SIGINT)
+        with pytest.raises(SystemExit, match="stopped after step 1"):
+            run_stage(spec, tmp_path / "out")
+        assert signal.getsignal(signal.SIGINT) is taken is not signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_that_is_ignored_or_taken_stays_so(

@@ -21,6 +21,7 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.core.files import write_json
+from pumice.core.interrupts import ctrl_c_ends
 from pumice.core.memory import keep_freed_memory, peak_memory_bytes
 from pumice.core.progress import Progress, progress
 from pumice.train.optim import build_optimizer, learning_rate_factor, set_learning_rates
@@ -283,7 +284,7 @@ def _on_signals(handler: Any) -> dict[signal.Signals, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     asking = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if ctrl_c_ends():
         asking.append(signal.SIGINT)
     former = {number: signal.signal(number, handler) for number in asking}
     # None is a handler that Python did not set, and cannot set again.
