@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,6 +138,30 @@ def test_an_unknown_command_or_option(run: Run) -> None:
     assert run("rnu")[0] == 2
     code, out, err = run("ask", "pocket", "hi", "--imag", "x")
     assert (code, out) == (2, "") and "--image" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "told", "meant"),
+    [
+        ("ask pocket none.jpg 'What is it?' stray", "'What is it?' 'stray'",
+         "pumice ask pocket 'What is it? stray' --image none.jpg"),
+        ("ask pocket What is it", "takes MODEL TEXT (here MODEL is 'pocket', TEXT is 'What')",
+         "pumice ask pocket 'What is it'"),
+        ("ask pocket a.png x --json --image a.png --seed 3", "'x': too many",
+         "pumice ask pocket x --image a.png --json --image a.png --seed 3"),
+        ("chat pocket cat.JPG", "takes MODEL (here", "pumice chat pocket --image cat.JPG"),
+        ("serve pocket x", "takes MODEL (here MODEL is 'pocket')", None),
+        ("recipes list x y", "'x' 'y': too many arguments; pumice recipes list takes opt", None),
+    ],
+)  # fmt: skip
+def test_too_many_arguments(run: Run, line: str, told: str, meant: str | None) -> None:
+    code, out, err = run(*shlex.split(line))
+    assert (code, out) == (2, "") and told in err
+    if meant is None:
+        assert "in quotes" in err and "Did you mean" not in err
+    else:
+        assert f"Did you mean: {meant}\n" in err
+        parse(meant)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan"])

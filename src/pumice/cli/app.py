@@ -34,6 +34,7 @@ from pumice.cli import (
 )
 from pumice.cli.options import example
 from pumice.cli.output import fail, say
+from pumice.cli.usage import help_extra_arguments
 from pumice.core.errors import PumiceError
 from pumice.core.log import setup_logging
 
@@ -69,6 +70,7 @@ for _module in (
     doctor,
 ):
     _module.register(app)
+help_extra_arguments(app)
 
 
 def _version(wanted: bool) -> None:
