@@ -205,10 +205,24 @@ function busy(is) {
 
 // images
 
+// What is wrong with a file, if anything is. An <img> shows drawings, and as much of a broken file as
+// there is; servers take neither, and so does createImageBitmap.
+async function fault(file) {
+  const kinds = "PNG, JPEG, WebP and GIF can be used";
+  if (!file.type.startsWith("image/")) return `is no image; ${kinds}`;
+  if (file.type.startsWith("image/svg")) return "is an SVG drawing, which holds no pixels: draw it into a PNG first";
+  try {
+    (await createImageBitmap(file)).close();
+  } catch {
+    return `cannot be decoded by the browser: it is cut short or damaged, or of another kind; ${kinds}`;
+  }
+}
+
 async function add(files) {
   for (const file of files) {
-    if (!file.type.startsWith("image/")) {
-      turn("error", `${file.name || "what was given"} is no image`);
+    const wrong = await fault(file);
+    if (wrong) {
+      turn("error", `${file.name || "what was given"} ${wrong}`);
       continue;
     }
     const uri = await new Promise((done) => {
@@ -218,12 +232,7 @@ async function add(files) {
     });
     const image = new Image();
     image.src = uri;
-    try {
-      await image.decode();
-    } catch {
-      turn("error", `${file.name || "the image"} cannot be read as an image`);
-      continue;
-    }
+    await image.decode();
     shown.push({ uri, image, plan: await plan(image) });
   }
   showImages();
@@ -232,8 +241,12 @@ async function add(files) {
 
 async function plan(image) {
   const query = `width=${image.naturalWidth}&height=${image.naturalHeight}`;
-  const response = await fetch(`/page/image-plan?${query}`, { headers: headers() });
-  return response.ok ? response.json() : null;
+  try {
+    const response = await fetch(`/page/image-plan?${query}`, { headers: headers() });
+    return response.ok ? response.json() : null;
+  } catch {
+    return null; // that the server is gone is told to who asks
+  }
 }
 
 function showImages() {
