@@ -8,15 +8,23 @@ from typing import Any
 
 import typer
 
+from pumice.core.files import HALVES
+
 
 def say(text: str) -> None:
     """A result line on stdout."""
-    typer.echo(text)
+    typer.echo(_written(text))
 
 
 def say_json(value: dict[str, Any]) -> None:
     """The one JSON object of a `--json` run on stdout. Numbers that are not finite become null."""
-    typer.echo(json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False))
+    text = json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False)
+    typer.echo(_written(text))
+
+
+def _written(text: str) -> str:
+    """Halves of characters, as the names of files may hold, escaped; stderr does so by itself."""
+    return text.encode("utf-8", HALVES).decode()
 
 
 def note(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from pumice.core.log import get_logger
 log = get_logger(__name__)
 
 _END = 2**20
+# How halves of a character (lone surrogates) are written: JSON may hold them, and so do names of
+# files that are no UTF-8. Escaped, and in JSON as they can only have stood there.
+HALVES = "backslashreplace"
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def read_json(path: Path | str) -> Any:
@@ -44,6 +49,13 @@ def parse_json(data: bytes, *, file: Path, line: int | None = None) -> Any:
         raise DataError(
             f"{file}, line {at}: byte {error.start} is not UTF-8 text; JSON files must be UTF-8. "
             f"Save the file again as UTF-8, or download it again."
+        ) from error
+    except (RecursionError, ValueError) as error:
+        # Thousands of brackets one in another, a number of thousands of digits.
+        place = "" if line is None else f", line {line}"
+        raise DataError(
+            f"{file}{place}: this JSON is more than can be read ({error}). Correct it, or make the "
+            f"file again."
         ) from error
 
 
@@ -92,7 +104,7 @@ class JsonlWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _mend_tail(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8", errors=HALVES)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row; an OSError names the file."""
@@ -126,7 +138,7 @@ def write_atomic(path: Path | str, content: str | bytes, *, sync: bool = True) -
     # Through a link, so that the file behind it is replaced and not the link.
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", HALVES) if isinstance(content, str) else content
     # Not from `tempfile`: its files can be read by their owner only.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -224,7 +236,7 @@ def _excerpt(text: str, position: int) -> str:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (RecursionError, ValueError):
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import threading
 import zlib
@@ -146,7 +147,7 @@ def _opened(source: Path | bytes, name: str, where: str, *, at_once: int = 0) ->
         yield io.BytesIO(source)
         return
     try:
-        file = source.open("rb", buffering=0)
+        file = open(source, "rb", buffering=0, opener=_at_once_opened)
     except FileNotFoundError as error:
         remedy = "Check the path and the directory it is relative to, or download the file."
         raise _error(where, name, "does not exist", remedy) from error
@@ -157,10 +158,19 @@ def _opened(source: Path | bytes, name: str, where: str, *, at_once: int = 0) ->
         remedy = "Check the path and its permissions."
         raise _error(where, name, f"cannot be opened ({error.strerror})", remedy) from error
     with io.BufferedReader(file) as reader:
-        size = os.fstat(file.fileno()).st_size
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            remedy = "Give the image file itself."
+            raise _error(where, name, "is a pipe or a device, not a file", remedy)
+        size = state.st_size
         if size == 0:
             raise _error(where, name, "is empty (0 bytes)")
         yield io.BytesIO(_read(file, size, name, where)) if size <= at_once else reader
+
+
+def _at_once_opened(path: str, flags: int) -> int:
+    """Opens a file; a pipe would be waited for until somebody writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _read(file: io.FileIO, size: int, name: str, where: str) -> bytes:

@@ -25,9 +25,10 @@ def check_image(
     image: Path | bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
 ) -> ImageFacts:
     """An image of a row; faults are told without the row, which the caller knows."""
-    if isinstance(image, Path) and not image.exists():
-        return _fault("image_missing", f"image {image} does not exist")
     try:
+        # Also this may fail: a name that is too long, a directory that may not be entered.
+        if isinstance(image, Path) and not image.exists():
+            return _fault("image_missing", f"image {image} does not exist")
         header = image_header(image)
         width, height = header.size
         if width * height > max_pixels or min(width, height) < min_side:
@@ -40,7 +41,8 @@ def check_image(
     except OSError as error:
         return _fault("image_unreadable", f"image {name_of(image)}: {error.strerror}")
     findings = []
-    if header.orientation != 1:
+    # 0, which many cameras write, and others turn nothing.
+    if 2 <= header.orientation <= 8:
         reason = f"image {name_of(image)} has EXIF orientation {header.orientation}; it is turned"
         findings.append(("image_turned", f"{reason} upright when it is read"))
     if header.transparent or header.mode not in ("RGB", "L", "P", "1"):

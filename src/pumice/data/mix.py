@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import DataError, PumiceError
-from pumice.core.files import read_json, sha256_bytes, sha256_file, write_json
+from pumice.core.files import HALVES, read_json, sha256_bytes, sha256_file, write_json
 from pumice.core.progress import progress
 from pumice.data.mixture import Mixture, Part
 from pumice.data.row_layouts import image_entries, row_name
@@ -125,7 +125,7 @@ def write_mix(
     with RowWriter(out, images) as writer:
         mixed = _Mixed(parts, mixture, writer)
         try:
-            with part_file.open("w", encoding="utf-8") as file:
+            with part_file.open("w", encoding="utf-8", errors=HALVES) as file:
                 file.writelines(mixed.lines())
             _refuse(name, mixed.differing(checked, None if accept else expected))
             part_file.replace(out)
@@ -195,7 +195,7 @@ class _Mixed:
         }
         whole = self._whole().told()
         del whole["folders"]
-        ids = sha256_bytes("\n".join(sorted(self.ids)).encode())
+        ids = sha256_bytes("\n".join(sorted(self.ids)).encode("utf-8", HALVES))
         return {**whole, "ids_sha256": ids, "sources": sources}
 
     def _whole(self) -> Counts:

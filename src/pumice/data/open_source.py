@@ -108,7 +108,13 @@ def open_source(
         _home(path) if images is None else Path(images),
         CAPTION if question is None else question,
     )
-    return SOURCES[kind_of(found) if kind is None else kind].open(found)
+    source = SOURCES[kind_of(found) if kind is None else kind].open(found)
+    if len(source) == 0:
+        raise DataError(
+            f"{path} has no rows; at least one is needed. Make it again, or take it out of the "
+            f"recipe."
+        )
+    return source
 
 
 def kind_of(found: Found) -> str:

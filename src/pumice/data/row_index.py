@@ -189,6 +189,9 @@ class _Text:
                 if len(self.text) - self.at > _LARGEST_ROW or not self.more():
                     raise self.error(error.msg, ahead) from error
                 continue
+            except (RecursionError, ValueError) as error:
+                # Thousands of brackets one in another, a number of thousands of digits.
+                raise self.error(str(error), 0) from error
             # A number may go on beyond the window, too.
             if end < len(self.text) or not self.more():
                 break

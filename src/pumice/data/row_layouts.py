@@ -68,8 +68,8 @@ def read_sample(
     `question` is what a bare caption answers.
     """
     name = row_name(content, number)
-    content = _asked(content, question)
     where = f"sample {name!r} ({place})"
+    content = _asked(content, question, where)
     turns = _layout(content, where)(content, where)
     images = [find_image(entry, where) for entry in image_entries(content)]
     _check_slots(turns, images, where)
@@ -158,7 +158,7 @@ def file_image(folder: Path) -> FindImage:
     return find
 
 
-def _asked(content: dict[str, Any], question: str) -> dict[str, Any]:
+def _asked(content: dict[str, Any], question: str, where: str) -> dict[str, Any]:
     """A caption without a conversation as the answer to the question; other rows as they are."""
     if any(content.get(key) is not None for key in _LAYOUTS):
         return content
@@ -166,8 +166,12 @@ def _asked(content: dict[str, Any], question: str) -> dict[str, Any]:
     if not isinstance(caption, str):
         return content
     slots = SLOT * len(image_entries(content))
-    asked = f"{slots}\n{question}" if slots else question
-    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": caption}]
+    if not slots:
+        raise SlotError(
+            f"{where}: the row is a caption, and it has no image that the caption is of. Add the "
+            f"image, or remove the row."
+        )
+    turns = [{"from": "human", "value": f"{slots}\n{question}"}, {"from": "gpt", "value": caption}]
     return {**content, "conversations": turns}
 
 

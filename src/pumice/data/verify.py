@@ -8,6 +8,7 @@ evaluation shows too.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pumice.core.errors import DataError
+from pumice.core.files import HALF_CHARACTER
 from pumice.core.images import MAX_PIXELS
 from pumice.core.progress import progress
 from pumice.core.types import ImagePart, Sample
@@ -33,8 +35,9 @@ from pumice.processing.turns import check_turns, split_system
 
 A = TypeVar("A")
 B = TypeVar("B")
-_NUMBER = r"\s*(-?\d*\.?\d+)\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+# Those that are none as well: Python and JSON write them so.
+_NUMBER = r"\s*([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf(?:inity)?))\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]", re.IGNORECASE)
 _AHEAD = 64
 
 
@@ -185,6 +188,10 @@ def _name(source: Source, row: int) -> str:
 
 
 def _turn_faults(sample: Sample, where: str) -> list[tuple[str, str, str]]:
+    for number, message in enumerate(sample.messages, start=1):
+        if HALF_CHARACTER.search(message.text):
+            what = f"{where}: turn {number} holds half a character (a lone surrogate), which is no"
+            return [("row", f"{what} text. Mend it, or remove the sample.", "")]
     try:
         _, turns = split_system(sample.messages, where)
         check_turns(turns, open_turn=False, where=where)
@@ -204,10 +211,11 @@ def _box_faults(sample: Sample) -> list[tuple[str, str, str]]:
     faults = []
     for message in sample.messages:
         for match in _BOX.finditer(message.text):
-            # Whole numbers are years, choices and sums more often than boxes.
-            if sum("." in number for number in match.groups()) < 2:
-                continue
             x0, y0, x1, y1 = (float(number) for number in match.groups())
+            finite = all(map(math.isfinite, (x0, y0, x1, y1)))
+            # Whole numbers are years, choices and sums more often than boxes.
+            if finite and sum("." in number for number in match.groups()) < 2:
+                continue
             if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
                 reason = f"the box {match[0]} is not within 0..1, left before right, top before"
                 faults.append(("box", f"{reason} bottom", ""))

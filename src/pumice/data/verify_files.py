@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import DataError, PumiceError
-from pumice.core.files import parse_row, sha256_file, write_atomic
+from pumice.core.files import HALVES, parse_row, sha256_file, write_atomic
 from pumice.data.findings import Report
 from pumice.data.sources import LlavaJson, Source
 from pumice.data.written_rows import RowWriter
@@ -92,7 +92,7 @@ def write_clean(source: Source, bad_rows: set[int], out: Path) -> int:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", HALVES) + b"\n"
 
 
 def _copied(source: LlavaJson, good: list[int]) -> Iterable[bytes]:

@@ -219,6 +219,13 @@ def _explain_one(
     dotted = ".".join(place) or f"the {_word(schema)}"
     where = _blame(place, file, overrides)
     kind = detail["type"]
+    if detail["loc"][-1:] == ("[key]",) and kind == "string_type":
+        # YAML reads no, on, 5 and null as other things than text.
+        within = ".".join(place[:-1]) or f"the {_word(schema)}"
+        return (
+            f"{within} has the key {detail['input']!r} (in {where}); keys must be text. Put it in "
+            f"quotes."
+        )
     if kind == "extra_forbidden" or detail["loc"][-1:] == ("[key]",):
         known = _known_keys(place[:-1], schema)
         return (

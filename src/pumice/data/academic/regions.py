@@ -5,6 +5,7 @@ Boxes are x1, y1, x2, y2 between 0 and 1 in the square that the padded picture f
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -68,6 +69,8 @@ def _usable(regions: Iterable[Region], tally: Tally) -> Iterator[Region]:
         x1, y1 = max(x, 0.0), max(y, 0.0)
         if not region.phrase:
             tally.dropped["region without phrase"] += 1
+        elif not all(map(math.isfinite, region.box)):
+            tally.dropped["box with a number that is none"] += 1
         elif right <= x1 or bottom <= y1:
             tally.dropped["box without area in the picture"] += 1
         else:

@@ -11,9 +11,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from pumice.core.errors import PumiceError
+from pumice.core.files import HALF_CHARACTER
 from pumice.core.types import Message, Sample, TextPart
 from pumice.data.academic.base import Row, Rules, Tally, Task, llava_row, take
 from pumice.data.academic.html_text import as_markdown, is_html
+from pumice.data.row_layouts import SLOT
 from pumice.data.scripts import read_scripts, script_share
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt",
@@ -115,6 +117,10 @@ def _unfit(turns: list[tuple[str, str]], rules: ShareGptRules) -> str | None:
     if not all(text for _, text in turns):
         return "dialogue with an empty turn"
     whole = "\n".join(text for _, text in turns)
+    if SLOT in whole:
+        return f"dialogue that writes {SLOT}, the place of an image"
+    if HALF_CHARACTER.search(whole):
+        return "dialogue with half a character (a lone surrogate)"
     if rules.stuck and _STUCK.search(whole):
         return "dialogue with a digit nine times in a row"
     if rules.lost_numbers and _LOST_NUMBERS.search(whole):
