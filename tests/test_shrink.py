@@ -72,7 +72,7 @@ def test_sizes_of_cameras_and_odd_ones(width: int, height: int, size: int) -> No
     assert np.array_equal(shrunk(image, size, color), by_pillow(image, size, color))
 
 
-def test_sums_too_near_to_a_half_are_said_in_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_too_near_to_a_half_are_computed_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     exact = shrink._Axis.exact
 

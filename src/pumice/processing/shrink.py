@@ -2,8 +2,8 @@
 
 Pillow weighs 8-bit levels with weights of 22 binary digits, row by row first and then column by
 column, and rounds after each pass. A product in float32 is as good but where a sum lies so near to
-a half that its own rounding could decide: those few are computed again in whole numbers. What lies
-round the picture is of one colour before and after, and is not computed at all.
+a half that its own rounding could decide: those few are computed again in float64, which is exact.
+What lies round the picture is of one colour before and after, and is not computed at all.
 
 Shapes: S side of the square after, L weights of one level, R rows of what is filtered together.
 """
@@ -34,7 +34,7 @@ _ACROSS, _DOWN = 16, 8
 # Multiplications of one product: up to a million OpenBLAS has kernels for small matrices, which
 # take half the time here, and with half of that what is worked on stays in a core's cache.
 _SMALL = 500_000
-# Numbers in float32 of which memory is kept for the next picture.
+# Numbers in float32 of which memory is kept for the next picture, for each of three uses.
 _KEPT = 2**22
 # Of float32, and the additions that round besides those of the weights.
 _ROUNDING, _SLACK = 2.0**-24, 2
@@ -56,10 +56,10 @@ class Shrunk(NamedTuple):
 class _Axis:
     """How S levels are made of those of one axis of the square before."""
 
-    first: NDArray[np.int64]
-    """long[S]: where the weights of each begin."""
-    weights: NDArray[np.int64]
-    """long[S, L], in units of 2 ** -22."""
+    sources: NDArray[np.int64]
+    """long[S, L]: the levels before that each is made of."""
+    weights: NDArray[np.float64]
+    """double[S, L], of 22 binary digits: what they make of 8-bit levels is exact."""
     across: Bands
     """Blocks that rows are made in."""
     down: Bands
@@ -70,15 +70,10 @@ class _Axis:
     doubtful: np.float32
     """A sum that is farther than this from a whole number may have been rounded the wrong way."""
 
-    def sources(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
-        """long[N] of S -> long[N, L]: the levels before that each is made of."""
-        of: NDArray[np.int64] = self.first[at, None] + np.arange(self.weights.shape[1])
-        return of
-
-    def exact(self, at: NDArray[np.int64], levels: Levels) -> NDArray[np.int64]:
-        """long[N] of S, float32[N, L] of their `sources` -> long[N], as Pillow rounds."""
-        sums: NDArray[np.int64] = (levels.astype(np.int64) * self.weights[at]).sum(1)
-        return sums + (1 << _BITS - 1) >> _BITS
+    def exact(self, at: NDArray[np.int64], levels: Levels) -> NDArray[np.float64]:
+        """long[N] of S, float32[N, L] of their `sources` -> double[N], as Pillow rounds."""
+        sums: NDArray[np.float64] = np.einsum("nl,nl->n", levels, self.weights[at])
+        return np.floor(sums + 0.5)
 
 
 def pays(image: PIL.Image.Image, size: int, largest: int) -> bool:
@@ -145,10 +140,10 @@ def _filter_rows(
                 out=sums[: len(flat), made.start - start : made.stop - start],
             )  # fmt: skip
 
-        def exact(at: NDArray[np.int64], flat: Levels = flat) -> NDArray[np.int64]:
+        def exact(at: NDArray[np.int64], flat: Levels = flat) -> NDArray[np.float64]:
             line, place = np.divmod(at, width)
             place += start
-            return axis.exact(place, flat[line[:, None], axis.sources(place) - begin])
+            return axis.exact(place, flat[line[:, None], axis.sources[place] - begin])
 
         rounded = into[row : row + count].reshape(-1, width)
         _round(sums[: len(flat)], rounded, axis.doubtful, exact)
@@ -168,10 +163,10 @@ def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Leve
                 out=sums[made.start - start : made.stop - start, part],
             )  # fmt: skip
 
-    def exact(at: NDArray[np.int64]) -> NDArray[np.int64]:
+    def exact(at: NDArray[np.int64]) -> NDArray[np.float64]:
         place, column = np.divmod(at, width)
         place += start
-        return axis.exact(place, flat[axis.sources(place) - begin, column[:, None]])
+        return axis.exact(place, flat[axis.sources[place] - begin, column[:, None]])
 
     rounded = np.empty_like(sums)
     _round(sums, rounded, axis.doubtful, exact)
@@ -182,7 +177,7 @@ def _round(
     sums: Levels,
     into: Levels,
     doubtful: np.float32,
-    exact: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    exact: Callable[[NDArray[np.int64]], NDArray[np.float64]],
 ) -> None:
     """Whole numbers from 0 to 255, as Pillow rounds and cuts off; `exact` says them of places.
 
@@ -196,17 +191,20 @@ def _round(
 
 
 class _Space(threading.local):
-    """Memory for the next picture of the same thread: fresh pages cost as much as the filter."""
+    """Memory for the next picture of the same thread: fresh pages cost as much as the filter.
+
+    Of so much memory numpy asks Linux for large pages, and what is never written takes none.
+    """
 
     def __call__(self, name: str, *shape: int) -> Levels:
         """An array of this shape, which holds anything; the next of its name takes its place."""
         size = math.prod(shape)
         if size > _KEPT:
             return np.empty(shape, np.float32)
-        known: Levels | None = self.__dict__.get(name)
-        if known is None or len(known) < size:
-            known = self.__dict__[name] = np.empty(size, np.float32)
-        return known[:size].reshape(shape)
+        if name not in self.__dict__:
+            self.__dict__[name] = np.empty(_KEPT, np.float32)
+        kept: Levels = self.__dict__[name]
+        return kept[:size].reshape(shape)
 
 
 _space = _Space()
@@ -250,7 +248,8 @@ def _banded(first: NDArray[np.int64], units: NDArray[np.int64], before: int) -> 
     # The bound of a sum in any order: one rounding for each product and addition.
     doubtful = np.float32(0.5 - 255 * heaviest * (most + _SLACK) * _ROUNDING)
     across, down = (_in_blocks(begins, weights, length) for length in (_ACROSS, _DOWN))
-    return _Axis(begins, weights, across, down, _largest(across), _largest(down), doubtful)
+    sources, shares = begins[:, None] + np.arange(most), weights / (1 << _BITS)
+    return _Axis(sources, shares, across, down, _largest(across), _largest(down), doubtful)
 
 
 def _largest(bands: Bands) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -14,7 +15,9 @@ class ViewRoom:
     """float[N, 3, S, S] that is given out view by view; when all are, there is no more room."""
 
     def __init__(self, count: int, side: int) -> None:
-        self._free = iter(torch.empty(count, 3, side, side).unbind())
+        # numpy's memory: it asks Linux for large pages, and torch does not.
+        views = np.empty((count, 3, side, side), np.float32)
+        self._free = iter(torch.from_numpy(views).unbind())
 
     def take(self) -> torch.Tensor | None:
         """The next float[3, S, S], to be filled, or None."""
