@@ -315,7 +315,8 @@ def _reply(answer: httpx2.Response, key: str, prices: Prices | None) -> Reply | 
         finish_reason=str(choice.get("finish_reason") or ""),
         model=str(content.get("model") or ""),
     )
-    if not (isinstance(prompt, int) and isinstance(completion, int)):
+    # What is no count must not make money: the cap is then held by the most a call can cost.
+    if not all(type(count) is int and count >= 0 for count in (prompt, completion)):
         return reply
     cost = prices.cost(prompt, completion) if prices else None
     return replace(reply, prompt_tokens=prompt, completion_tokens=completion, cost=cost)

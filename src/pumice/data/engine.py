@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pumice.core.errors import PumiceError
-from pumice.core.files import sha256_bytes
+from pumice.core.files import HALVES, sha256_bytes
 from pumice.core.llm_client import LLMClient
 from pumice.core.llm_types import ChatRequest, Reply
 from pumice.core.progress import progress
@@ -132,8 +132,8 @@ def generate(
     try:
         with (
             closing(client.ask_all(order.request(scene) for scene in scenes)) as replies,
-            parts[0].open("w", encoding="utf-8") as good,
-            parts[1].open("w", encoding="utf-8") as bad,
+            parts[0].open("w", encoding="utf-8", errors=HALVES) as good,
+            parts[1].open("w", encoding="utf-8", errors=HALVES) as bad,
             progress(len(scenes), f"generating {order.kind.name}") as bar,
         ):
             for scene, reply in zip(scenes, replies, strict=True):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pumice.core.files import sha256_bytes
+from pumice.core.files import HALF_CHARACTER, sha256_bytes
 from pumice.core.llm_types import Reply
 from pumice.data.engine_examples import Example
 from pumice.data.engine_filters import fault_of, plain
 from pumice.data.engine_prompts import Kind, Pair, read_pairs
 from pumice.data.engine_scenes import Described
 from pumice.data.near_texts import NearTexts
+from pumice.data.row_layouts import SLOT
 
 
 class Judge:
@@ -31,6 +32,10 @@ class Judge:
             return [], f"{reply.failure.kind}: {reply.failure.reason}"
         if reply.finish_reason == "length":
             return [], f"truncated: the reply was cut at {reply.completion_tokens} tokens"
+        if HALF_CHARACTER.search(reply.text):
+            return [], "malformed: it holds half a character (a lone surrogate)"
+        if SLOT in reply.text:
+            return [], f"malformed: it writes {SLOT}, the place of an image"
         pairs = read_pairs(self.kind, scene, reply.text)
         if pairs is None:
             # A refusal is told from other words without form, as it says more about the model.

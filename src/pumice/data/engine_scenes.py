@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import DataError
-from pumice.core.files import read_json, read_jsonl
+from pumice.core.files import HALF_CHARACTER, read_json, read_jsonl
 
 Box = tuple[str, tuple[float, float, float, float]]
 """Category and x0, y0, x1, y1 as shares of width and height."""
@@ -69,15 +69,18 @@ def _coco(path: Path) -> dict[str, dict[str, Any]]:
             image = images[note["image_id"]]
             entry, name = found[image["file_name"]], f"{path.stem}:{note['id']}"
             if "caption" in note:
-                entry["captions"].append(_one_line(note["caption"]))
-                entry["sources"].append(name)
+                if caption := _one_line(note["caption"]):
+                    entry["captions"].append(caption)
+                    entry["sources"].append(name)
             elif not note.get("iscrowd"):
                 x, y, w, h = note["bbox"]
                 width, height = image["width"], image["height"]
                 box = (x / width, y / height, (x + w) / width, (y + h) / height)
                 entry["boxes"].append(_box(categories[note["category_id"]], box, name))
                 entry["box_sources"].append(name)
-    except (KeyError, TypeError, ValueError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(
             f"{path}: this is no COCO file of captions or instances ({error!r}). It needs images "
             f"and annotations, and categories where there are boxes. JSONL ends in .jsonl."
@@ -90,16 +93,20 @@ def _rows(path: Path) -> dict[str, dict[str, Any]]:
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
         try:
+            if not isinstance(row["image"], str):
+                raise TypeError(f"image is {row['image']!r}, no name")
             entry = found.setdefault(row["image"], _entry(str(row.get("id", row["image"]))))
             name = f"{path.stem}:{number}"
             captions = row.get("captions", ())
             if isinstance(captions, str):
                 raise TypeError("captions must be a list")
-            entry["captions"] += [_one_line(caption) for caption in captions]
+            entry["captions"] += filter(None, map(_one_line, captions))
             entry["sources"].append(name)
             for box in row.get("boxes") or ():
                 entry["boxes"].append(_box(box["category"], box["box"], where))
                 entry["box_sources"].append(name)
+        except DataError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{where}: a row needs image, captions (a list) and, where there are boxes, "
@@ -122,5 +129,9 @@ def _box(category: str, box: Sequence[float], where: str) -> Box:
     return category, (max(x0, 0.0), max(y0, 0.0), min(x1, 1.0), min(y1, 1.0))
 
 
-def _one_line(caption: str) -> str:
+def _one_line(caption: Any) -> str:
+    if not isinstance(caption, str):
+        raise TypeError(f"a caption is {caption!r}, no text")
+    if HALF_CHARACTER.search(caption):
+        raise ValueError(f"the caption {caption!r} holds half a character (a lone surrogate)")
     return " ".join(caption.split())
