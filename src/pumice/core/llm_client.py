@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import httpx2
 
@@ -316,10 +316,14 @@ def _reply(answer: httpx2.Response, key: str, prices: Prices | None) -> Reply | 
         model=str(content.get("model") or ""),
     )
     # What is no count must not make money: the cap is then held by the most a call can cost.
-    if not all(type(count) is int and count >= 0 for count in (prompt, completion)):
+    if not (_is_count(prompt) and _is_count(completion)):
         return reply
     cost = prices.cost(prompt, completion) if prices else None
     return replace(reply, prompt_tokens=prompt, completion_tokens=completion, cost=cost)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _checked(reply: Reply) -> Reply:
