@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,8 +290,18 @@ def test_settings_that_make_no_sense() -> None:
 class Pictures(Rows):
     """Every other row has an image."""
 
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.looked_at: list[int] = []
+
     def size(self, row: int) -> tuple[int, int]:
+        self.looked_at.append(row)
         return 10, row % 2
+
+    def __getitem__(self, row: int) -> Sample:
+        self.looked_at.append(row)
+        question = user("what?", Path("a.png")) if row % 2 else user("what?")
+        return Sample(str(row), (question,), f"row {row}")
 
 
 def test_the_length_estimate_counts_images() -> None:
@@ -299,12 +310,15 @@ def test_the_length_estimate_counts_images() -> None:
     assert all(len(kind) == 1 for kind in kinds) and {0} in kinds and {1} in kinds
 
 
-def test_a_batch_has_room_for_its_images() -> None:
+def test_a_batch_has_room_for_its_images_and_no_row_is_read_twice() -> None:
     processor = FakeProcessor()
-    mixture = Mixture([Part(Pictures(80))], 0)
+    pictures = Pictures(80)
+    mixture = Mixture([Part(pictures)], 0)
     loader = make_loader(mixture=mixture, processor=processor, micro_batch_size=4)
     loader.micro_batches_at(0)
-    shown = [Pictures(80).size(row)[1] for _, row in loader.rows_at(0)]
+    rows = [row for _, row in loader.rows_at(0)]
+    assert pictures.looked_at == rows
+    shown = [row % 2 for row in rows]
     assert processor.rooms == [sum(shown[:4]), sum(shown[4:])]
 
 

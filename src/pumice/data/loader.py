@@ -135,7 +135,8 @@ class Loader:
         """float[N, 3, S, S]: the views of a step of all processes, in the order of its rows."""
         import torch
 
-        return torch.cat([self._encode(*row).pixel_values for row in self.rows_at(step)])
+        rows = self.rows_at(step)
+        return torch.cat([self._encode(row, self._sample(row)).pixel_values for row in rows])
 
     def iterate(self, start_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """The micro-batches of each of `num_steps` steps, prepared ahead by threads.
@@ -177,8 +178,10 @@ class Loader:
         return [self._together(some) for some in self.micro_rows(rows)]
 
     def _together(self, rows: list[Row]) -> Batch:
-        room = self.processor.room(sum(self._source_size(row)[1] for row in rows))
-        encoded = [self._encode(*row, room) for row in rows]
+        # Read once: the images of a row may stand in it, and be most of a shard.
+        samples = [self._sample(row) for row in rows]
+        room = self.processor.room(sum(len(sample.images) for sample in samples))
+        encoded = [self._encode(*pair, room) for pair in zip(rows, samples, strict=True)]
         if self._collate is None:
             # At the first batch, because it brings torch with it.
             from pumice.processing.collate import collate, collate_packed
@@ -186,11 +189,14 @@ class Loader:
             self._collate = collate if self.packing is None else collate_packed
         return self._collate(encoded, self.processor.pad_id)
 
-    def _encode(self, source: int, row: int, room: ViewRoom | None = None) -> Encoded:
-        sample = self.mixture.parts[source].source[row]
+    def _sample(self, row: Row) -> Sample:
+        source, number = row
+        return self.mixture.parts[source].source[number]
+
+    def _encode(self, row: Row, sample: Sample, room: ViewRoom | None = None) -> Encoded:
         encoded = self.processor.encode(sample, self.max_tokens, room=room)
         if self.sizes is not None:
-            self.sizes.check((source, row), encoded)
+            self.sizes.check(row, encoded)
         return encoded
 
     def _order(self, epoch: int) -> Numbers:
