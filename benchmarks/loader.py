@@ -183,9 +183,7 @@ def samples_of(files: list[Path]) -> list[Sample]:
 
 def batch_of(processor: Processor, files: list[Path]) -> Any:
     """A training batch of one question on each file."""
-    room = processor.room(len(files))
-    encoded = [processor.encode(sample, room=room) for sample in samples_of(files)]
-    return collate(encoded, processor.pad_id)
+    return collate(processor.encode_batch(samples_of(files)), processor.pad_id)
 
 
 def floor(file: Path) -> PIL.Image.Image:
@@ -268,8 +266,7 @@ opened = time.perf_counter()
 
 class Plain:
     image_tokens, pad_id = 576, 0
-    def encode(self, sample, max_tokens=None, room=None): return sample.id
-    def room(self, images): return None
+    def encode_batch(self, samples, max_tokens=None): return [sample.id for sample in samples]
 
 loader = Loader(Mixture([Part(source)], 0), Plain(), 128, 0, workers=int(sys.argv[2]),
                 collate=lambda rows, pad: rows)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import PIL.Image
 import pytest
 import torch
 
-from pumice.core.errors import PumiceError
+from pumice.core.errors import DataError, PumiceError
 from pumice.core.types import Sample, assistant, user
 from pumice.models.constants import IGNORE
 from pumice.models.tiling import TilingSpec
@@ -53,7 +56,7 @@ def test_batch_of_texts_alone_has_no_picture() -> None:
         collate([], 0)
 
 
-def test_views_are_made_where_the_batch_has_them() -> None:
+def test_a_batch_is_its_samples_with_their_views_one_behind_the_other() -> None:
     made = processor("llama")
     grey = PIL.Image.new("RGB", (30, 20), "grey")
     talks = [
@@ -62,23 +65,39 @@ def test_views_are_made_where_the_batch_has_them() -> None:
         (user("Q", grey), assistant("A")),
     ]
     samples = [Sample(str(number), talk) for number, talk in enumerate(talks)]
-    expected = collate([made.encode(sample) for sample in samples], made.pad_id).pixel_values
+    alone = [made.encode(sample) for sample in samples]
+    together = made.encode_batch(samples)
+    expected, batch = collate(alone, made.pad_id), collate(together, made.pad_id)
+    none = torch.empty(0)
+    for one, other in zip(alone, together, strict=True):
+        assert replace(one, pixel_values=none) == replace(other, pixel_values=none)
+    pixels = batch.pixel_values
+    assert pixels.equal(expected.pixel_values) and pixels.is_contiguous()
+    assert pixels.data_ptr() == together[1].pixel_values.data_ptr()
+    assert pixels[2].data_ptr() == together[2].pixel_values.data_ptr()
+    # In another order they are copied.
+    turned = in_one([row.pixel_values for row in together[::-1]])
+    assert turned.equal(pixels[[2, 0, 1]])
+    assert made.encode_batch([]) == []
 
-    def filled(images: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        room = made.room(images)
-        rows = [made.encode(sample, room=room) for sample in samples]
-        return collate(rows, made.pad_id).pixel_values, [row.pixel_values for row in rows]
 
-    together, views = filled(3)
-    assert together.equal(expected) and together.is_contiguous()
-    assert together.data_ptr() == views[1].data_ptr()
-    assert together[2].data_ptr() == views[2].data_ptr()
-    # With less room than views, or in another order, they are copied.
-    short, _ = filled(2)
-    assert short.equal(expected)
-    assert in_one(views[::-1]).equal(expected[[2, 0, 1]])
+def test_tiled_images_take_no_room_beforehand() -> None:
+    tiling = TilingSpec("hd", 12, max_tiles=4)
+    tiled = Processor(
+        tokenizer("llama"), ImageSpec("pad", 12, tiling=tiling), "vicuna_v1", "", 4, view_side=2
+    )
+    wide = PIL.Image.linear_gradient("L").convert("RGB").resize((40, 12))
+    sample = Sample("a", (user("Q", wide, PICTURE), assistant("A")))
+    [one] = tiled.encode_batch([sample])
+    assert one.pixel_values.equal(tiled.encode(sample).pixel_values)
+    assert len(one.pixel_values) > 2 and one.grids == tiled.encode(sample).grids
 
 
-def test_tiled_images_have_no_room_of_their_own() -> None:
-    tiled = ImageSpec(mode="pad", size=12, tiling=TilingSpec("hd", 12, max_tiles=4))
-    assert Processor(tokenizer("llama"), tiled, "vicuna_v1", "", 3, view_side=2).room(3) is None
+def test_texts_come_before_the_first_image() -> None:
+    made = processor("llama")
+    gone = Sample("a", (user("Q", Path("gone.png")), assistant("A")))
+    long = Sample("b", (user("Q " * 100), assistant("A")))
+    with pytest.raises(DataError, match="sample 'b' has"):
+        made.encode_batch([gone, long], max_tokens=50)
+    with pytest.raises(DataError, match="sample 'a'.*does not exist"):
+        made.encode_batch([gone])

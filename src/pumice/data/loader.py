@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from pumice.processing.collate import Batch
     from pumice.processing.encoded import Encoded
-    from pumice.processing.view_room import ViewRoom
 
 log = get_logger(__name__)
 
@@ -50,11 +49,9 @@ class Encoder(Protocol):
     @property
     def pad_id(self) -> int: ...
 
-    def room(self, images: int) -> ViewRoom | None: ...
-
-    def encode(
-        self, sample: Sample, max_tokens: int | None = None, *, room: ViewRoom | None = None
-    ) -> Encoded: ...
+    def encode_batch(
+        self, samples: Sequence[Sample], max_tokens: int | None = None
+    ) -> list[Encoded]: ...
 
 
 class Loader:
@@ -133,10 +130,11 @@ class Loader:
 
     def pixels_at(self, step: int) -> torch.Tensor:
         """float[N, 3, S, S]: the views of a step of all processes, in the order of its rows."""
-        import torch
+        from pumice.processing.view_room import in_one
 
-        rows = self.rows_at(step)
-        return torch.cat([self._encode(row, self._sample(row)).pixel_values for row in rows])
+        samples = [self._sample(row) for row in self.rows_at(step)]
+        encoded = self.processor.encode_batch(samples, self.max_tokens)
+        return in_one([one.pixel_values for one in encoded])
 
     def iterate(self, start_step: int, num_steps: int) -> Iterator[list[Batch]]:
         """The micro-batches of each of `num_steps` steps, prepared ahead by threads.
@@ -180,8 +178,8 @@ class Loader:
     def _together(self, rows: list[Row]) -> Batch:
         # Read once: the images of a row may stand in it, and be most of a shard.
         samples = [self._sample(row) for row in rows]
-        room = self.processor.room(sum(len(sample.images) for sample in samples))
-        encoded = [self._encode(*pair, room) for pair in zip(rows, samples, strict=True)]
+        encoded = self.processor.encode_batch(samples, self.max_tokens)
+        self._check_sizes(rows, encoded)
         if self._collate is None:
             # At the first batch, because it brings torch with it.
             from pumice.processing.collate import collate, collate_packed
@@ -193,11 +191,10 @@ class Loader:
         source, number = row
         return self.mixture.parts[source].source[number]
 
-    def _encode(self, row: Row, sample: Sample, room: ViewRoom | None = None) -> Encoded:
-        encoded = self.processor.encode(sample, self.max_tokens, room=room)
+    def _check_sizes(self, rows: list[Row], encoded: list[Encoded]) -> None:
         if self.sizes is not None:
-            self.sizes.check(row, encoded)
-        return encoded
+            for row, one in zip(rows, encoded, strict=True):
+                self.sizes.check(row, one)
 
     def _order(self, epoch: int) -> Numbers:
         """int[rows, 2]: all rows of an epoch, filled up to whole batches."""

@@ -5,10 +5,12 @@ Shapes: N = views of all images (an image that is not tiled has one), S = side o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from pumice.core.types import ImagePart, Sample
 from pumice.models.constants import IGNORE
 
 
@@ -35,3 +37,14 @@ class Encoded:
     def num_supervised(self) -> int:
         """How many tokens are learnt."""
         return len(self.labels) - self.labels.count(IGNORE)
+
+
+def sample_named(sample: Sample) -> str:
+    """How errors name a sample."""
+    return f"sample {sample.id!r}" + (f" ({sample.source})" if sample.source else "")
+
+
+def images_named(images: Sequence[ImagePart], where: str) -> list[tuple[ImagePart, str]]:
+    """Each image, and how errors name it."""
+    places = [f"{where}, image {number} of {len(images)}" for number in range(1, len(images) + 1)]
+    return list(zip(images, places if len(images) > 1 else [where], strict=False))

@@ -21,7 +21,7 @@ from pumice.core.images import image_size, open_image
 from pumice.core.types import ImagePart, Message, Sample
 from pumice.models.constants import IGNORE, IMAGE_ID
 from pumice.models.tiling import ImagePlan, plan_image
-from pumice.processing.encoded import Encoded
+from pumice.processing.encoded import Encoded, images_named, sample_named
 from pumice.processing.images import ImageSpec, preprocess
 from pumice.processing.own_template import find_template
 from pumice.processing.processor_file import (
@@ -32,8 +32,8 @@ from pumice.processing.processor_file import (
     read_instruction,
     read_processor_file,
 )
-from pumice.processing.templates import BOS, EOS, TEMPLATES, Segment, Template, Token
-from pumice.processing.text_encoder import TextEncoder
+from pumice.processing.templates import BOS, EOS, Segment, Template, Token
+from pumice.processing.text_encoder import TextEncoder, template_tokens
 from pumice.processing.tiles import cut_views
 from pumice.processing.view_room import ViewRoom, in_one
 
@@ -84,7 +84,7 @@ class Processor:
         self.image_mark = image_mark
         self.instruction = instruction
         self._text = text_encoder or TextEncoder(tokenizer)
-        self._token_ids = self._find_tokens()
+        self._token_ids = template_tokens(self.template, self._text)
 
     @property
     def pad_id(self) -> int:
@@ -125,26 +125,34 @@ class Processor:
             text_encoder=self._text,
         )
 
-    def encode(
-        self,
-        sample: Sample,
-        max_tokens: int | None = None,
-        pixels: bool = True,
-        room: ViewRoom | None = None,
-    ) -> Encoded:
+    def encode(self, sample: Sample, max_tokens: int | None = None, pixels: bool = True) -> Encoded:
         """A training conversation; pixel_values float[N, 3, S, S], without `pixels` N = 0.
 
-        They are laid into `room`, which a batch has, while there is some and images are not tiled.
         More than `max_tokens` tokens (image tokens counted) is an error; nothing is cut off.
         """
-        where = f"sample {sample.id!r}" + (f" ({sample.source})" if sample.source else "")
-        encoded = self._encode(sample.messages, where, False, max_tokens, pixels, room)
+        encoded = self._encode(sample.messages, sample_named(sample), False, max_tokens, pixels)
         encoded.sample_id = sample.id
         return encoded
 
-    def room(self, images: int) -> ViewRoom | None:
-        """Room for the views of a batch with so many images; None where there may be more."""
-        return ViewRoom(images, self.image_spec.size) if self.image_spec.tiling is None else None
+    def encode_batch(
+        self, samples: Sequence[Sample], max_tokens: int | None = None
+    ) -> list[Encoded]:
+        """Training conversations as `encode` makes each, their views one behind the other.
+
+        All texts come first: to go to and fro between tokens and pixels costs a few hundredths.
+        """
+        places = [sample_named(sample) for sample in samples]
+        read = [
+            self._read(sample.messages, place, False, max_tokens)
+            for sample, place in zip(samples, places, strict=True)
+        ]
+        tiled = self.image_spec.tiling is not None
+        count = 0 if tiled else sum(len(images) for _, images in read)
+        room = ViewRoom(count, self.image_spec.size)
+        for sample, place, (encoded, images) in zip(samples, places, read, strict=True):
+            self._show(encoded, images, place, room)
+            encoded.sample_id = sample.id
+        return [encoded for encoded, _ in read]
 
     def encode_prompt(
         self,
@@ -285,8 +293,16 @@ class Processor:
         open_turn: bool,
         max_tokens: int | None,
         pixels: bool,
-        room: ViewRoom | None = None,
     ) -> Encoded:
+        encoded, images = self._read(messages, where, open_turn, max_tokens)
+        if pixels:
+            self._show(encoded, images, where)
+        return encoded
+
+    def _read(
+        self, messages: Sequence[Message], where: str, open_turn: bool, max_tokens: int | None
+    ) -> tuple[Encoded, list[ImagePart]]:
+        """All but the pixels, and the images; what is too long is refused before they are read."""
         segments = self.template.segments(
             messages, open_turn=open_turn, system=self.system, where=where
         )
@@ -301,18 +317,28 @@ class Processor:
                 f"{len(images)} images); at most {max_tokens} are allowed and nothing is cut off. "
                 "Shorten it, raise max_tokens, or take it out of the data."
             )
-        # Only now: what is too long is refused before its images are decoded.
-        views, opened = self._views(images if pixels else [], where, room)
-        sizes = opened or sizes
-        return Encoded(
-            ids,
-            labels,
-            views,
-            len(images),
-            image_sizes=sizes,
-            grids=[plan.grid if plan else (1, 1) for plan in map(self.plan, sizes)],
-            instructions=self._instructions(messages, where),
-        )
+        none = torch.empty(0, 3, *[self.image_spec.size] * 2)
+        asked = self._instructions(messages, where)
+        encoded = Encoded(ids, labels, none, len(images), instructions=asked)
+        self._set_sizes(encoded, sizes)
+        return encoded, images
+
+    def _show(
+        self,
+        encoded: Encoded,
+        images: Sequence[ImagePart],
+        where: str,
+        room: ViewRoom | None = None,
+    ) -> None:
+        """Puts in the views of all images, in `room` while there is some."""
+        pairs = [self.load_image(image, at, room) for image, at in images_named(images, where)]
+        if pairs:
+            encoded.pixel_values = in_one([view for view, _ in pairs])
+            self._set_sizes(encoded, [size for _, size in pairs])
+
+    def _set_sizes(self, encoded: Encoded, sizes: list[tuple[int, int]]) -> None:
+        encoded.image_sizes = sizes
+        encoded.grids = [plan.grid if plan else (1, 1) for plan in map(self.plan, sizes)]
 
     def image_positions(self, plan: ImagePlan | None) -> int:
         """The positions of one image in the text."""
@@ -322,7 +348,7 @@ class Processor:
         """Width and height of images before they are decoded; none are needed without tiling."""
         if self.image_spec.tiling is None:
             return []
-        return [image_size(image.image, where=at) for image, at in _named(images, where)]
+        return [image_size(image.image, where=at) for image, at in images_named(images, where)]
 
     def _instructions(self, messages: Sequence[Message], where: str) -> list[list[int]]:
         if self.instruction is None:
@@ -368,33 +394,3 @@ class Processor:
         if last.kind == "token":
             return self._text.after_token(segment.text, where)
         return self._text.after_text(last.text, segment.text, where)
-
-    def _views(
-        self, images: Sequence[ImagePart], where: str, room: ViewRoom | None
-    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """The views of all images, float[N, 3, S, S], and each image's width and height."""
-        pairs = [self.load_image(image, at, room) for image, at in _named(images, where)]
-        views = [view for view, _ in pairs] or [torch.empty(0, 3, *[self.image_spec.size] * 2)]
-        return in_one(views), [size for _, size in pairs]
-
-    def _find_tokens(self) -> dict[Token, int]:
-        """Ids of the template's special tokens; BOS alone may be missing."""
-        found: dict[Token, int] = {}
-        for token in (BOS, *self.template.tokens()):
-            index = self._text.token_id(token)
-            if index is not None:
-                found[token] = index
-            elif token != BOS:
-                name = "an end token (eos_token)" if token == EOS else f"the token {token.name!r}"
-                raise PumiceError(
-                    f"template {self.template.name!r} needs {name}, which the tokenizer lacks. "
-                    f"Use another template ({', '.join(TEMPLATES.names())}), or a tokenizer that "
-                    "has this token."
-                )
-        return found
-
-
-def _named(images: Sequence[ImagePart], where: str) -> list[tuple[ImagePart, str]]:
-    """Each image, and how errors name it."""
-    places = [f"{where}, image {number} of {len(images)}" for number in range(1, len(images) + 1)]
-    return list(zip(images, places if len(images) > 1 else [where], strict=False))

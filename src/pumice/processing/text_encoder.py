@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from pumice.core.errors import DataError, PumiceError
-from pumice.processing.templates import TEMPLATES, Token
+from pumice.processing.templates import BOS, EOS, TEMPLATES, Template, Token
 
 # Ends of a text to read a continuation behind, after the true one: a mark between words first.
 _ANCHORS = (":", ".", "\n", "a")
@@ -169,3 +169,19 @@ def _without_special(tokenizer: Any, special: tuple[str, ...]) -> Any:
     plain = Tokenizer.from_str(json.dumps(data))
     plain.encode_special_tokens = True
     return plain
+
+
+def template_tokens(template: Template, text: TextEncoder) -> dict[Token, int]:
+    """Ids of a template's special tokens; BOS alone may be missing."""
+    found: dict[Token, int] = {}
+    for token in (BOS, *template.tokens()):
+        index = text.token_id(token)
+        if index is not None:
+            found[token] = index
+        elif token != BOS:
+            name = "an end token (eos_token)" if token == EOS else f"the token {token.name!r}"
+            raise PumiceError(
+                f"template {template.name!r} needs {name}, which the tokenizer lacks. Use another "
+                f"template ({', '.join(TEMPLATES.names())}), or a tokenizer that has this token."
+            )
+    return found
