@@ -157,3 +157,9 @@ def test_keys_that_yaml_reads_as_no_text_are_told(tmp_path: Path) -> None:
     path.write_text("name: m\nsources:\n  no: {path: a.jsonl}\n")
     with pytest.raises(PumiceError, match="sources has the key False .* keys must be text"):
         load_mixture(str(path))
+
+
+def test_a_rule_is_given_once(tmp_path: Path, run: Run) -> None:
+    rules = "merge=false", "merge=true"
+    code, _, err = run("data", "convert", "gqa", *rules, "--out", tmp_path / "o.json")
+    assert code == 2 and "rule merge is given twice, as 'false' and 'true'" in err

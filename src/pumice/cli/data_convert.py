@@ -73,12 +73,23 @@ def convert(
         out,
         images=images,
         missing_images=missing_images,
-        rules=dict(_pair(text) for text in rules or []),
+        rules=_pairs(rules or []),
     )
     if as_json:
         say_json(report)
     else:
         _tell(report, out)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in map(_pair, texts):
+        if name in found:
+            raise PumiceError(
+                f"rule {name} is given twice, as {found[name]!r} and {value!r}; leave one out."
+            )
+        found[name] = value
+    return found
 
 
 def _pair(text: str) -> tuple[str, str]:
