@@ -85,7 +85,9 @@ def lookup(count: int) -> float:
     bits = generator.integers(0, 2**63, (count, 2), dtype=np.uint64)
     bits[-1] = bits[0]
     start = time.process_time()
-    pairs = same_pictures(PictureHash(bits, np.zeros((count, 8, 8, 3), np.uint8)))
+    pairs = same_pictures(
+        PictureHash(bits, np.zeros((count, 8, 8, 3), np.uint8), np.zeros((count, 24, 24), np.uint8))
+    )
     if pairs.tolist() != [[0, count - 1]]:
         raise SystemExit(f"found the pairs {pairs.tolist()}")
     return round(time.process_time() - start, 2)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -196,7 +198,7 @@ def test_proposed_pairs_are_all_pairs_within_the_tolerance() -> None:
         for bit in generator.choice(128, row % 12, replace=False).tolist():
             near[row, bit // 64] ^= np.uint64(1) << np.uint64(bit % 64)
     small = np.zeros((120, 8, 8, 3), np.uint8)
-    both = PictureHash(np.concatenate([bits, near]), small)
+    both = PictureHash(np.concatenate([bits, near]), small, np.zeros((120, 24, 24), np.uint8))
     wanted = [[k, 60 + k] for k in range(60) if k % 12 <= 7]
     assert same_pictures(both).tolist() == wanted
     assert same_pictures(both, first=60).tolist() == wanted
@@ -216,3 +218,35 @@ def test_a_picture_is_known_again_in_another_size_and_quality() -> None:
         pairs = same_pictures(hashes).tolist()
         assert [pair for pair in pairs if pair[0] == 0] == [[0, 1], [0, 2], [0, 3]]
         assert not any({4, 5} & set(pair) for pair in pairs)
+
+
+def page(seed: int) -> PIL.Image.Image:
+    """A page with five lines of text, of words that say nothing."""
+    rng = np.random.default_rng(seed)
+    picture = PIL.Image.new("RGB", (600, 800), "white")
+    draw = PIL.ImageDraw.Draw(picture)
+    for top in range(40, 150, 22):
+        letters = rng.choice(list("abcdefghijklm   "), int(rng.integers(36, 90)))
+        draw.text((40, top), "".join(letters), fill="black")
+    return picture
+
+
+def test_pages_of_text_are_told_apart_and_known_again() -> None:
+    pages = [page(seed) for seed in range(30)]
+    smaller = [one.resize((300, 400)) for one in pages]
+    saved = [
+        planting.PIL.Image.open(planting.io.BytesIO(planting._jpeg(p, quality=35))) for p in pages
+    ]
+    hashes = stack([hash_picture(p.convert("RGB")) for p in [*pages, *smaller, *saved]])
+    found = same_pictures(hashes).tolist()
+    assert {(a % 30, b % 30) for a, b in found} == {(k, k) for k in range(30)}
+    assert len(found) == 90
+
+
+def test_of_pictures_with_next_to_nothing_only_copies_are_the_same() -> None:
+    blank = np.full((300, 400, 3), 255, np.uint8)
+    dots = [blank.copy() for _ in range(10)]
+    for number, levels in enumerate(dots):
+        levels[140:150, 40 + 20 * number : 60 + 20 * number] = 0
+    pictures = [PIL.Image.fromarray(levels) for levels in (blank, blank, *dots, dots[3])]
+    assert same_pictures(stack([hash_picture(p) for p in pictures])).tolist() == [[0, 1], [5, 12]]
