@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,41 @@ def test_dialogues_with_half_a_character_or_the_mark_of_an_image_are_dropped(
 def test_a_caption_of_no_image_is_a_bad_row(tmp_path: Path) -> None:
     captions = {"id": "lost", "image": None, "caption": "A dog."}, {"id": "text", "text": "A cat."}
     assert kinds(lines(tmp_path / "rows.jsonl", *captions)) == {"lost": "slots", "text": "slots"}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_captions_of_another_encoding_are_named_and_not_changed(tmp_path: Path) -> None:
+    picture(40, 30).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"0\.txt: byte 3 is not UTF-8 text"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n0.png,caf\xe9\n")
+    with pytest.raises(DataError, match=r"metadata\.csv: byte 24 is not UTF-8 text"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n0.png,{'x' * 200_000}\n")
+    with pytest.raises(DataError, match=r"metadata\.csv cannot be read as a table"):
+        open_source(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, caption in enumerate((b"caf\xe9", b"\xef\xbb\xbfa cat")):
+            add(tar, f"{number}.png", (tmp_path / "0.png").read_bytes())
+            add(tar, f"{number}.txt", caption)
+    shard = open_source(tmp_path / "a.tar")
+    with pytest.raises(DataError, match="sample 0: byte 3 of its txt is not UTF-8 text"):
+        shard[0]
+    assert shard[1].messages[1].text == "a cat"
+
+
+def test_a_dataset_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read as a dataset written by save_to_disk"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match="cannot be read as a dataset written by save_to_disk"):
+        open_source(lines(tmp_path / "rows.jsonl", row("a")), kind="dataset")
 
 
 def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:

@@ -71,8 +71,16 @@ def _is_picture(path: Path) -> bool:
 
 
 def _table_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from error
+    except csv.Error as error:
+        raise DataError(
+            f"{path} cannot be read as a table ({error}); comma-separated values are needed. "
+            f"Correct it, or write a metadata.jsonl."
+        ) from error
     if not rows or "file_name" not in rows[0] or not {"text", "caption"} & set(rows[0]):
         given = ", ".join(map(str, rows[0])) if rows else "no rows"
         raise DataError(
@@ -96,7 +104,21 @@ def _text_rows(folder: Path) -> list[dict[str, Any]]:
         {
             "id": str(path.relative_to(folder)),
             "image": str(path.relative_to(folder)),
-            "caption": path.with_suffix(".txt").read_text("utf-8-sig").strip(),
+            "caption": _caption(path.with_suffix(".txt")),
         }
         for path in pictures
     ]
+
+
+def _caption(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from error
+
+
+def _no_text(path: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{path}: byte {error.start} is not UTF-8 text; captions must be UTF-8. Save the file "
+        f"again as UTF-8."
+    )

@@ -135,7 +135,13 @@ class SavedDataset(Table):
     def __init__(self, folder: Path, name: str, images_dir: Path, question: str = CAPTION) -> None:
         super().__init__(name, images_dir, question)
         datasets = _datasets()
-        loaded = datasets.load_from_disk(str(folder))
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder} cannot be read as a dataset written by save_to_disk ({error!r:.200}); a "
+                f"whole one is needed. Download or make it again."
+            ) from error
         if isinstance(loaded, datasets.DatasetDict):
             splits = ", ".join(loaded)
             raise DataError(

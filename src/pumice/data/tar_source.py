@@ -124,10 +124,20 @@ class TarShards:
         row: dict[str, Any] = dict(given)
         row.setdefault("id", PurePosixPath(place.rpartition(" ")[2]).name)
         if "txt" in members:
-            row.setdefault("caption", members["txt"].decode("utf-8", "replace").strip())
+            row.setdefault("caption", _caption(members["txt"], place))
         if not image_entries(row) and (pictures := _pictures(members)):
             row["images"] = list(pictures)
         return row
+
+
+def _caption(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place}: byte {error.start} of its txt is not UTF-8 text; captions must be UTF-8. "
+            f"Make the shard again."
+        ) from error
 
 
 def _pictures(members: dict[str, bytes]) -> dict[str, bytes]:
