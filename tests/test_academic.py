@@ -462,6 +462,20 @@ def test_lcs_from_its_table_and_as_published(tmp_path: Path) -> None:
     assert made(tmp_path, "lcs558k", rows)[0] == rows
 
 
+def test_what_is_drawn_of_an_image_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    table = [{"id": f"{n}", "image": f"{n}.jpg", "blip_caption": f"cat {n}"} for n in range(40)]
+    assert made(tmp_path, "lcs558k", table)[0][1::2] == made(tmp_path, "lcs558k", table[1::2])[0]
+    notes = [{"image_id": n % 40, "id": n, "caption": f"cat {n}"} for n in range(120)]
+    some = [note for note in notes if note["image_id"] % 2]
+    every, half = (
+        made(tmp_path, "coco-captions", {"annotations": part}, captions="random")[0]
+        for part in (notes, some)
+    )
+    assert (
+        every[1::2] == half and every != made(tmp_path, "coco-captions", {"annotations": notes})[0]
+    )
+
+
 # Faults
 
 

@@ -86,7 +86,6 @@ def textcaps_rows(task: Task[TextCapsRules]) -> Iterator[Row]:
 
 def lcs_rows(task: Task[LcsRules]) -> Iterator[Row]:
     """Rows as published, or made from the table of captions (`..._meta.json`)."""
-    rng = random.Random(f"lcs {task.rules.seed}")
     for file, entries in task.official.lists("blip_laion_cc_sbu_558k.json"):
         for number, entry in enumerate(entries):
             where = f"{file}, row {number + 1}"
@@ -94,14 +93,16 @@ def lcs_rows(task: Task[LcsRules]) -> Iterator[Row]:
             if isinstance(entry, dict) and "conversations" in entry:
                 row = checked_row(entry, task.rules.image, where, task.tally)
             else:
-                row = _brief_row(entry, task, where, rng)
+                row = _brief_row(entry, task, where)
             if row is not None:
                 yield row
 
 
-def _brief_row(entry: Any, task: Task[LcsRules], where: str, rng: random.Random) -> Row | None:
+def _brief_row(entry: Any, task: Task[LcsRules], where: str) -> Row | None:
     image = image_name(task.rules.image, image=take(entry, "image", str, where))
     caption = clean(take(entry, "blip_caption", str, where))
+    # The image names the draw, so that no row depends on the others.
+    rng = random.Random(f"lcs {task.rules.seed} {image}")
     instruction = rng.choice(BRIEF_INSTRUCTIONS)
     asked = rng.choice((f"{SLOT}\n{instruction}", f"{instruction}\n{SLOT}"))
     if not caption:
@@ -147,7 +148,6 @@ def _caption_rows(
             f"format={rules.format} is a form of questions, and captions answer none; choose "
             "another, such as caption, or none."
         )
-    rng = random.Random(f"captions {rules.seed}")
     for image, captions in grouped(pairs).items():
         tally.read += len(captions)
         kept = [caption for caption in captions if caption]
@@ -156,6 +156,7 @@ def _caption_rows(
             continue
         if rules.captions != "each":
             tally.dropped["further caption of an image"] += len(kept) - 1
+            rng = random.Random(f"captions {rules.seed} {image}")
             kept = [kept[0] if rules.captions == "first" else rng.choice(kept)]
         asked = "\n".join(part for part in (FORMATS[rules.format], notes.get(image)) if part)
         for number, caption in enumerate(kept):
