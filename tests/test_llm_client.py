@@ -246,6 +246,13 @@ def test_a_cap_needs_prices_and_settings_make_sense() -> None:
             endpoint(**{"url": "http://x/v1"} | wrong)
     with pytest.raises(PumiceError, match="a price is negative"):
         Prices(-1, 0)
+    for url in ("http://", "http://[bad/v1"):
+        with pytest.raises(PumiceError, match="names no host"):
+            endpoint(url)
+    for key, place in (("sk-é1", 4), ("sk\n", 3), ("–sk", 1)):
+        with pytest.raises(PumiceError, match=f"at place {place} of {len(key)}") as caught:
+            endpoint("http://x/v1", api_key=key)
+        assert "sk" not in str(caught.value)
 
 
 def test_a_budget_waits_for_calls_that_may_turn_out_cheaper() -> None:

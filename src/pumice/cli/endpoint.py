@@ -79,7 +79,7 @@ def open_endpoint(
     """The endpoint with its key, which is in one of `keys` of the environment or the usual ones."""
     from pumice.core.llm_client import Endpoint
 
-    key = next((key for name in (*keys, *_KEYS) if (key := os.environ.get(name))), None)
+    key = next((key for name in (*keys, *_KEYS) if (key := os.environ.get(name, "").strip())), None)
     return Endpoint(
         url=url, api_key=key, concurrency=concurrency, per_minute=per_minute, timeout=timeout
     )

@@ -18,6 +18,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeGuard
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -57,6 +58,16 @@ class Endpoint:
                 f"the endpoint is {self.url!r}; it must start with http:// or https://, as "
                 f"https://host/v1."
             )
+        if not _has_host(self.url):
+            raise PumiceError(f"the endpoint {self.url!r} names no host; write https://host/v1.")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            # The key itself is never shown.
+            odd = next(i for i, c in enumerate(self.api_key) if not " " <= c <= "~")
+            raise PumiceError(
+                f"the key for {self.url} has a character at place {odd + 1} of "
+                f"{len(self.api_key)} that no key has, such as a line end or a letter with an "
+                f"accent. Copy the key again."
+            )
         if self.concurrency < 1 or self.attempts < 1 or not 0 < self.timeout < math.inf:
             raise PumiceError(
                 f"concurrency and attempts must be at least 1 and the time-out above 0; given "
@@ -67,6 +78,13 @@ class Endpoint:
                 f"the rate must be above 0 requests a minute, given {self.per_minute}; leave it "
                 f"out for no limit."
             )
+
+
+def _has_host(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).hostname)
+    except ValueError:
+        return False
 
 
 class LLMClient:
