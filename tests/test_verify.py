@@ -250,3 +250,12 @@ def test_of_pictures_with_next_to_nothing_only_copies_are_the_same() -> None:
         levels[140:150, 40 + 20 * number : 60 + 20 * number] = 0
     pictures = [PIL.Image.fromarray(levels) for levels in (blank, blank, *dots, dots[3])]
     assert same_pictures(stack([hash_picture(p) for p in pictures])).tolist() == [[0, 1], [5, 12]]
+
+
+@pytest.mark.parametrize("quality", [30, 50, 90])
+def test_even_pictures_are_known_again_as_jpeg(quality: int) -> None:
+    colors = [(200, 30, 40), (12, 200, 90), (90, 90, 91), (255, 254, 250)]
+    even = [PIL.Image.new("RGB", (320, 240), color) for color in colors]
+    saved = [PIL.Image.open(planting.io.BytesIO(planting._jpeg(p, quality=quality))) for p in even]
+    found = same_pictures(stack([hash_picture(p.convert("RGB")) for p in [*even, *saved]]))
+    assert found.tolist() == [[k, 4 + k] for k in range(4)]

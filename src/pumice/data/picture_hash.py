@@ -4,7 +4,7 @@ A difference hash (dHash) of 128 bits proposes pairs, a small colour picture and
 confirm them. All forgive another size, format or JPEG quality; a crop, a mirror or another
 brightness is another picture to them. The finer one tells pages of text, charts and drawings on an
 even ground apart, which are alike for the others; pictures that hold next to nothing are the same
-only where nothing at all differs.
+only where next to nothing differs anywhere.
 
 Shapes: N = pictures, B = 16-bit bands of a hash.
 """
@@ -38,8 +38,9 @@ _MEAN, _MOST = 3.5, 16
 # pages at half the size or at quality 30 differ by up to 0.05, grainy pictures of 48 pixels by 0.1;
 # other pages of five lines by 0.126 and more, other photographs by 0.5.
 _SHARE = 0.11
-# What stands out, in grey levels on average, is too little to tell by: a line on a page.
-_NOTHING = 1.0
+# What stands out, in grey levels on average, is too little to tell by: a line on a page. Such
+# pictures may differ by what JPEG changes in an even ground.
+_NOTHING, _GRAIN = 1.0, 2
 
 
 class PictureHash(NamedTuple):
@@ -134,7 +135,7 @@ def _alike(one: Grey, other: Grey) -> Flags:
     # JPEG makes thin dark lines on white paler, all of them alike.
     paler = (left * right).sum(axis=1) / np.maximum((right * right).sum(axis=1), 1)
     apart = np.abs(left - paler[:, None] * right).mean(axis=1)
-    equal = (one == other).all(axis=1)
+    equal = (np.abs(left - right) <= _GRAIN).all(axis=1)
     alike: Flags = equal | ((least >= _NOTHING) & (apart <= _SHARE * least))
     return alike
 
