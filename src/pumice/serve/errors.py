@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -91,22 +91,31 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
+def answer_errors(app: FastAPI) -> None:
+    """Whatever an application raises is told as OpenAI's API tells it."""
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(ClientDisconnect, _answer_gone)
+    app.add_exception_handler(Exception, _answer_fault)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
     """An ApiError as its answer."""
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def answer_gone(request: Request, error: Exception) -> Response:
+async def _answer_gone(request: Request, error: Exception) -> Response:
     """Nothing, for a client that left before its body had come."""
     return Response(status_code=CLIENT_GONE)
 
 
-async def answer_http_error(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     """An unknown path or method, or a body that is no JSON for another reason than its signs."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ClientDisconnect):
-        return await answer_gone(request, error)
+        return await _answer_gone(request, error)
     if error.status_code == 400 and error.__cause__ is not None:
         # What FastAPI says of a body that it cannot parse leaves the cause out.
         response = ApiError(400, f"{_NO_JSON} ({_short(str(error.__cause__))})").response()
@@ -120,7 +129,7 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     return response
 
 
-async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not what the path takes; the first fault is told, with its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -138,7 +147,7 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     return ApiError(400, what, param=param).response()
 
 
-async def answer_fault(request: Request, error: Exception) -> JSONResponse:
+async def _answer_fault(request: Request, error: Exception) -> JSONResponse:
     """A fault of ours: logged with its trace, told without it."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return ApiError(500, "the server made a mistake; its log says which.").response()

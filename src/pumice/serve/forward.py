@@ -14,18 +14,9 @@ from typing import Any
 import httpx2
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from pumice.core.llm_client import Endpoint
-from pumice.serve.errors import (
-    ApiError,
-    answer_api_error,
-    answer_fault,
-    answer_gone,
-    answer_http_error,
-    event,
-)
+from pumice.serve.errors import ApiError, answer_errors, event
 from pumice.serve.guard import Guard
 from pumice.serve.leaving import CLIENT_GONE, ClientGone, while_there
 from pumice.serve.limits import Limits
@@ -129,10 +120,7 @@ class Forwarder:
         add("/page/settings", self.page_settings, methods=["GET"])
         add("/page/image-plan", self.image_plan, methods=["GET"])
         add_page(app)
-        app.add_exception_handler(ApiError, answer_api_error)
-        app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_exception_handler(ClientDisconnect, answer_gone)
-        app.add_exception_handler(Exception, answer_fault)
+        answer_errors(app)
         app.add_middleware(
             Guard,
             api_key=api_key,

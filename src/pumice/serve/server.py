@@ -21,9 +21,7 @@ from typing import Annotated, Any
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from pumice.core.errors import PumiceError
 from pumice.core.memory import give_back_heap
@@ -36,10 +34,7 @@ from pumice.serve.errors import (
     RETRY_AFTER,
     ApiError,
     ErrorBody,
-    answer_api_error,
-    answer_fault,
-    answer_http_error,
-    answer_invalid,
+    answer_errors,
 )
 from pumice.serve.guard import Guard
 from pumice.serve.leaving import CLIENT_GONE, ClientGone
@@ -256,10 +251,7 @@ class Server:
         add("/page/settings", self.page_settings, methods=["GET"])
         add("/page/image-plan", self.image_plan, methods=["GET"])
         add_page(app)
-        app.add_exception_handler(ApiError, answer_api_error)
-        app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_exception_handler(RequestValidationError, answer_invalid)
-        app.add_exception_handler(Exception, answer_fault)
+        answer_errors(app)
         app.add_middleware(
             Guard,
             api_key=api_key,
