@@ -5,7 +5,9 @@ A row is {"question_id", "image", "text", "category"}.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pumice.core.errors import DataError
 from pumice.core.files import read_jsonl
@@ -24,23 +26,28 @@ def read_questions(path: Path, find_image: ImageFinder, benchmark: Benchmark) ->
             f"prompt={benchmark.chosen['prompt']} was asked for. Put the official question file "
             f"in its place, or leave the option prompt out."
         )
-    items = []
+    return [
+        Item(
+            id=str(row["question_id"]),
+            image=find_image(row["image"]),
+            prompt=row["text"],
+            truth=None,
+            group=row["image"],
+            extra={"image": row["image"]},
+        )
+        for _, row in question_rows(path)
+    ]
+
+
+def question_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a question file, checked, and where each of them stands."""
     for number, row in read_jsonl(path):
+        where = f"{path}, line {number}"
         require(
             row,
             ("question_id", "image", "text"),
-            f"{path}, line {number}",
+            where,
             texts=("image", "text"),
             ids=("question_id",),
         )
-        items.append(
-            Item(
-                id=str(row["question_id"]),
-                image=find_image(row["image"]),
-                prompt=row["text"],
-                truth=None,
-                group=row["image"],
-                extra={"image": row["image"]},
-            )
-        )
-    return items
+        yield where, row

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pumice.core.errors import DataError
-from pumice.core.files import read_json, read_jsonl
+from pumice.core.files import read_json
 from pumice.eval.benchmark import Benchmark, Floats, Item, Row, Sums, percent, ratio
 from pumice.eval.locate import ImageFinder, find_file, require
+from pumice.eval.question_files import question_rows
 
 INSTANCES = "instances_val2014.json"
 
@@ -48,18 +49,11 @@ class Detail(Benchmark):
             data_dir, self.name, [f"{self.name}/questions.jsonl", "questions.jsonl"]
         )
         items = []
-        for number, row in read_jsonl(questions_file):
-            require(
-                row,
-                ("question_id", "image", "text"),
-                f"{questions_file}, line {number}",
-                texts=("image", "text"),
-                ids=("question_id",),
-            )
+        for where, row in question_rows(questions_file):
             image = row["image"]
             if Path(image).name not in ids:
                 raise DataError(
-                    f"{questions_file}, line {number}: image {image!r} is not in {instances_file}; "
+                    f"{where}: image {image!r} is not in {instances_file}; "
                     f"only images with COCO instances can be judged. Take both from one split."
                 )
             items.append(
