@@ -19,7 +19,7 @@ from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
 from pumice.infer.choices import Guide, choice_ids
 from pumice.infer.decoder import Decoder
-from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown, placed
+from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown
 from pumice.infer.plain_decoder import best_decoder
 from pumice.infer.prefixes import PrefixStore
 from pumice.infer.rows import Row, Span, name_of
@@ -28,6 +28,7 @@ from pumice.infer.scheduler import Limits, Memory, Scheduler, Totals
 from pumice.models.constants import IMAGE_ID
 from pumice.models.lmm import LMM
 from pumice.models.modes import evaluating
+from pumice.processing.encoded import images_named
 
 if TYPE_CHECKING:
     from pumice.processing.encoded import Encoded
@@ -214,7 +215,9 @@ class Engine:
         Raises DataError for what is no image.
         """
         features = self.memory.features
-        shown = {one.key: (one, at) for row in rows for one, at in placed(row.images, row.where)}
+        shown = {
+            one.key: (one, at) for row in rows for one, at in images_named(row.images, row.where)
+        }
         missing = {key: one for key, one in shown.items() if features.get(one[0]) is None}
         return {key: features.open(*one) for key, one in missing.items()}
 

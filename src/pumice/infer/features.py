@@ -26,6 +26,7 @@ from pumice.models.connectors import Instruction
 from pumice.models.fusion import Features
 from pumice.models.lmm import LMM
 from pumice.processing.collate import pad_instructions
+from pumice.processing.encoded import images_named
 
 if TYPE_CHECKING:
     from pumice.processing.processor import Processor
@@ -108,7 +109,7 @@ class ImageFeatures:
         errors: list[str | None] = []
         for where, images in groups:
             try:
-                for shown, at in placed(images, where):
+                for shown, at in images_named(images, where):
                     if shown.key in self._known:
                         self._known.move_to_end(shown.key)
                     elif shown.key not in wanted:
@@ -200,11 +201,3 @@ def _pixels(image: PIL.Image.Image) -> str:
     orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
     seen = (image.mode, image.size, palette, image.info.get("transparency"), orientation)
     return hashlib.sha256(repr(seen).encode() + image.tobytes()).hexdigest()
-
-
-def placed(images: Sequence[Shown], where: str) -> list[tuple[Shown, str]]:
-    """Each image of a request, and how errors name it: by its number where there are several."""
-    if len(images) == 1:
-        return [(images[0], where)]
-    count = len(images)
-    return [(one, f"{where}, image {n} of {count}") for n, one in enumerate(images, start=1)]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-from pumice.core.types import ImagePart, Sample
+from pumice.core.types import Sample
 from pumice.models.constants import IGNORE
+
+Image = TypeVar("Image")
+"""Whatever stands for one."""
 
 
 @dataclass
@@ -44,7 +48,7 @@ def sample_named(sample: Sample) -> str:
     return f"sample {sample.id!r}" + (f" ({sample.source})" if sample.source else "")
 
 
-def images_named(images: Sequence[ImagePart], where: str) -> list[tuple[ImagePart, str]]:
-    """Each image, and how errors name it."""
+def images_named(images: Sequence[Image], where: str) -> list[tuple[Image, str]]:
+    """Each image of a sample or a request, and how errors name it: by number if it is not alone."""
     places = [f"{where}, image {number} of {len(images)}" for number in range(1, len(images) + 1)]
     return list(zip(images, places if len(images) > 1 else [where], strict=False))
