@@ -61,7 +61,10 @@ def test_names_that_no_file_can_have_are_bad_rows(tmp_path: Path) -> None:
     assert found == {"long": "image_unreadable", "nul": "image_missing"}
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.skipif(
+    not hasattr(os, "mkfifo"),
+    reason="this system has no named pipes to open",
+)
 def test_a_pipe_in_the_place_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(DataError, match="is a pipe or a device, not a file"):
