@@ -286,6 +286,16 @@ def test_rounding_moves_no_draw(settings: dict[str, Any]) -> None:
         assert one == other
 
 
+def test_every_seed_has_draws_of_its_own_and_no_bound_is_too_large() -> None:
+    seeds = (-(10**400), -2, -1, 0, 1, 2, 10**400)
+    assert len({Sampler(Sampling(temperature=1.0, seed=seed)).draw() for seed in seeds}) == 7
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
+    free, bounded = (
+        choose(logits, [Sampler(Sampling(temperature=1.0, top_k=top_k))]) for top_k in (0, 10**400)
+    )
+    assert free == bounded
+
+
 def test_a_token_is_drawn_even_where_logits_are_no_numbers() -> None:
     logits = torch.full((1, 5), float("nan"))
     assert choose(logits, [Sampler(Sampling(temperature=1.0))])[0] in range(5)

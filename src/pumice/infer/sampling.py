@@ -27,8 +27,9 @@ class Sampler:
         self.top_k = sampling.top_k
         self.top_p = sampling.top_p
         self.seed = sampling.seed
-        # Not a torch.Generator: these numbers are the same on every device.
-        self._random = random.Random(self.seed)
+        # Not a torch.Generator: these numbers are the same on every device. Of a whole number
+        # Random takes the size alone, so that -1 and 1 would draw alike.
+        self._random = random.Random(self.seed if self.seed >= 0 else str(self.seed))
 
     def draw(self) -> float:
         """The next number in [0, 1) of this request."""
@@ -84,7 +85,8 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     before = probs.cumsum(dim=-1) - probs
     rank = torch.arange(vocabulary, device=logits.device)
     kept = before < column([s.top_p for s in samplers])
-    kept &= rank < column([float(s.top_k or vocabulary) for s in samplers])
+    # Not above the vocabulary: a whole number may be larger than any float.
+    kept &= rank < column([min(s.top_k or vocabulary, vocabulary) for s in samplers])
     kept[:, 0] = True
     # Walked in the order of the vocabulary: by size, two tokens that are as likely but for rounding
     # would change places, and the draw would hang on the batch size again.
