@@ -84,6 +84,9 @@ def test_it_answers_as_the_model_does_whole_and_streamed(running: Running, model
     assert whole["usage"]["prompt_tokens_details"]["image_tokens"] == 36
     told = choice["logprobs"]["content"]
     assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in told)
+    assert "".join(entry["token"] for entry in told) == wanted.text
+    assert bytes(one for entry in told for one in entry["bytes"]).decode() == wanted.text
+    assert all(entry["token"] == entry["top_logprobs"][0]["token"] for entry in told)
     stream = running.post(
         messages=asked, max_tokens=40, stream=True, stream_options={"include_usage": True}
     )

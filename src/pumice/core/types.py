@@ -102,7 +102,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token with its natural log probability under the model, before any sampling."""
+    """A generated token with its natural log probability under the model, before any sampling.
+
+    `token` is what it adds to the text, with the blank before a word that is not the first.
+    """
 
     token_id: int
     token: str

@@ -113,17 +113,27 @@ class Row:
         return tuple(
             TokenLogprob(
                 token,
-                decode([token]),
+                _text_of(token, decode, place),
                 logprob,
-                tuple((other, decode([other]), value) for other, value in top),
+                tuple((other, _text_of(other, decode, place), value) for other, value in top),
             )
-            for token, logprob, top in self.logprobs[first:last]
+            for place, (token, logprob, top) in enumerate(self.logprobs[first:last], first)
         )
 
 
 def name_of(request: Request) -> str:
     """How errors name a request."""
     return f"request {request.id!r}" if request.id else "the prompt"
+
+
+def _text_of(token: int, decode: Decode, place: int) -> str:
+    """What a token adds to an answer in which it stands at `place`.
+
+    Many decoders drop the blank before the first word, so a later token is read behind itself.
+    """
+    alone = decode([token])
+    behind = decode([token, token]) if place else ""
+    return behind[len(alone) :] if behind.startswith(alone) else alone
 
 
 def symbols_of(prompt: Sequence[int], spans: Sequence[Span]) -> list[int]:
