@@ -63,6 +63,9 @@ def test_every_level_is_pillows(kind: str, width: int, height: int, size: int, s
         (480, 640, 336),
         (337, 337, 336),
         (5000, 3, 17),
+        (3, 5000, 17),
+        (90, 3000, 336),
+        (1, 9000, 30),
         (2, 1, 1),
     ],
 )
@@ -88,6 +91,20 @@ def test_sums_too_near_to_a_half_are_computed_exactly(monkeypatch: pytest.Monkey
     assert 10 < down < 500
 
 
+def test_tall_pictures_are_read_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrink, "_STRIP", 700)
+    image = picture("noise", 30, 1000)
+    assert np.array_equal(shrunk(image, 64, (9, 99, 199)), by_pillow(image, 64, (9, 99, 199)))
+
+
+def test_weights_of_long_sides_are_not_kept() -> None:
+    shrink._axis.cache_clear()
+    for side in (300, 8192, 8193, 9000):
+        shrink.shrink_padded(picture("flat", 2, side), 8, (0, 0, 0))
+    assert shrink._axis.cache_info().currsize == 2
+    shrink._axis.cache_clear()
+
+
 def test_threads_do_not_share_their_memory() -> None:
     pictures = [picture("noise", 500 + 10 * n, 400 - 7 * n, n) for n in range(16)]
     spec = ImageSpec("pad", 224)
@@ -108,6 +125,9 @@ def test_what_grows_is_huge_or_meets_another_pillow_is_left_to_pillow(
     assert not ours(picture("flat", 300, 336), 336)
     assert not ours(picture("flat", 5000, 4000), 336)
     assert not ours(picture("flat", 60_000, 2), 336)
+    # Of these Pillow would filter the whole width of the square in every row, which takes minutes.
+    assert ours(picture("flat", 2, 60_000), 336)
+    assert ours(picture("flat", 1080, 30_000), 336)
     image, spec = picture("noise", 400, 300), ImageSpec("pad", 336)
     before = preprocess(image, spec)
     # As if Pillow rounded otherwise.

@@ -36,6 +36,12 @@ _ACROSS, _DOWN = 16, 8
 _SMALL = 500_000
 # Numbers in float32 of which memory is kept for the next picture, for each of three uses.
 _KEPT = 2**22
+# Pixels of which the three colours are laid apart at a time.
+_STRIP = 2**24
+# So many times as tall as wide: what lies beside the picture is then most of what rows are made of.
+_TALL = 4
+# The weights of longer sides take a megabyte and more, and are not kept.
+_LONG = 8192
 # Of float32, and the additions that round besides those of the weights.
 _ROUNDING, _SLACK = 2.0**-24, 2
 
@@ -64,9 +70,8 @@ class _Axis:
     """Blocks that rows are made in."""
     down: Bands
     """Blocks that columns are made in."""
-    across_most: int
-    """The weights of the largest block."""
     down_most: int
+    """The weights of the largest block."""
     doubtful: np.float32
     """A sum that is farther than this from a whole number may have been rounded the wrong way."""
 
@@ -79,16 +84,22 @@ class _Axis:
 def pays(image: PIL.Image.Image, size: int, largest: int) -> bool:
     """Whether a square of the longer side shrinks to `size`, and does so here as Pillow does it.
 
-    Pillow is left the pictures of more than `largest` pixels, a strip at a time.
+    Pillow is left the pictures of more than `largest` pixels, a strip at a time, unless they are
+    very tall: there it filters the whole width of the square in every row.
     """
     side, pixels = max(image.size), image.width * image.height
-    return side > size and max(side * size, pixels) <= largest and _as_pillow()
+    if image.height > _TALL * image.width:
+        # Levels of rows; those that the picture has no part in are not made.
+        room = size * image.width + 2 * _ACROSS * image.height
+    else:
+        room = max(side * size, pixels)
+    return side > size and room <= largest and _as_pillow()
 
 
 def shrink_padded(image: PIL.Image.Image, size: int, color: Color) -> Shrunk:
     """An RGB picture in the middle of a square of `color`, made `size` wide."""
     side = max(image.size)
-    axis = _axis(side, size)
+    axis = _axis(side, size) if side <= _LONG else _axis.__wrapped__(side, size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     across, down = _used(axis.across, left, image.width), _used(axis.down, top, image.height)
     # Rows of the square from which the blocks are made, and among them those of the picture.
@@ -97,7 +108,12 @@ def shrink_padded(image: PIL.Image.Image, size: int, color: Color) -> Shrunk:
     rows = _space("rows", end - begin, 3, columns.stop - columns.start)
     rows[: top - begin] = rows[top - begin + image.height :] = np.array(color)[:, None]
     inside = rows[top - begin : top - begin + image.height]
-    _filter_rows(image, left, axis, across, color, inside)
+    strip = max(1, _STRIP // image.width)
+    for row in range(0, image.height, strip):
+        part = image
+        if strip < image.height:
+            part = image.crop((0, row, image.width, min(row + strip, image.height)))
+        _filter_rows(part, left, axis, across, color, inside[row : row + strip])
     return Shrunk(_filter_columns(rows, begin, axis, down), down[0][0].start, columns.start)
 
 
@@ -122,12 +138,16 @@ def _filter_rows(
         np.frombuffer(image.tobytes("raw", name), np.uint8).reshape(image.height, image.width)
         for name in "RGB"
     ]
-    begin, end, start = bands[0][1].start, bands[-1][1].stop, bands[0][0].start
-    width = into.shape[2]
-    count = max(1, min(image.height, _SMALL // (3 * axis.across_most)))
+    start, width, colors = bands[0][0].start, into.shape[2], np.array(color, np.float32)
+    begin, end, around = bands[0][1].start, bands[-1][1].stop, None
+    if image.height > _TALL * image.width:
+        begin, end = left, left + image.width
+        bands, beside = _cut(bands, begin, end)
+        around = np.float32(colors[:, None] * beside)
+    count = max(1, min(image.height, _SMALL // (3 * _largest(bands))))
     before = _space("before", count, 3, end - begin)
-    before[:, :, : left - begin] = np.array(color)[:, None]
-    before[:, :, left - begin + image.width :] = np.array(color)[:, None]
+    before[:, :, : left - begin] = colors[:, None]
+    before[:, :, left - begin + image.width :] = colors[:, None]
     sums = _space("sums", 3 * count, width)
     for row in range(0, image.height, count):
         for number, plane in enumerate(planes):
@@ -139,14 +159,36 @@ def _filter_rows(
                 flat[:, of.start - begin : of.stop - begin], weights,
                 out=sums[: len(flat), made.start - start : made.stop - start],
             )  # fmt: skip
+        if around is not None:
+            sums[: len(flat)].reshape(-1, 3, width)[:] += around
 
         def exact(at: NDArray[np.int64], flat: Levels = flat) -> NDArray[np.float64]:
             line, place = np.divmod(at, width)
             place += start
-            return axis.exact(place, flat[line[:, None], axis.sources[place] - begin])
+            columns = axis.sources[place] - begin
+            if around is None:
+                return axis.exact(place, flat[line[:, None], columns])
+            beside = (columns < 0) | (columns >= image.width)
+            inside = flat[line[:, None], columns.clip(0, image.width - 1)]
+            return axis.exact(place, np.where(beside, colors[line % 3, None], inside))
 
         rounded = into[row : row + count].reshape(-1, width)
         _round(sums[: len(flat)], rounded, axis.doubtful, exact)
+
+
+def _cut(bands: Bands, begin: int, end: int) -> tuple[Bands, NDArray[np.float64]]:
+    """Blocks that are made of these places alone; double[levels]: the weights of all others.
+
+    Those are one sum, for what lies there is of one colour: a level is made of no more products
+    than before.
+    """
+    own, beside = [], []
+    for made, of, weights in bands:
+        first, last = (min(max(at, begin), end) for at in (of.start, of.stop))
+        inside = weights[first - of.start : last - of.start]
+        own.append((made, slice(first, last), inside))
+        beside.append(weights.sum(0, dtype=np.float64) - inside.sum(0, dtype=np.float64))
+    return tuple(own), np.concatenate(beside)
 
 
 def _filter_columns(rows: Levels, begin: int, axis: _Axis, bands: Bands) -> Levels:
@@ -249,7 +291,7 @@ def _banded(first: NDArray[np.int64], units: NDArray[np.int64], before: int) -> 
     doubtful = np.float32(0.5 - 255 * heaviest * (most + _SLACK) * _ROUNDING)
     across, down = (_in_blocks(begins, weights, length) for length in (_ACROSS, _DOWN))
     sources, shares = begins[:, None] + np.arange(most), weights / (1 << _BITS)
-    return _Axis(sources, shares, across, down, _largest(across), _largest(down), doubtful)
+    return _Axis(sources, shares, across, down, _largest(down), doubtful)
 
 
 def _largest(bands: Bands) -> int:

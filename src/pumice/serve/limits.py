@@ -16,6 +16,8 @@ class Limits:
     max_images: int = 16
     max_image_bytes: int = 20 * MEBIBYTE
     max_pixels: int = MAX_PIXELS
+    max_side: int = 65_535
+    """No JPEG is longer, and to shrink a square of a longer side takes gigabytes."""
     max_body_bytes: int = 64 * MEBIBYTE
     max_held_bytes: int = 1024 * MEBIBYTE
     """Bodies of all requests that are being read or answered, together."""

@@ -113,4 +113,9 @@ def _pixels(data: bytes, where: str, limits: Limits) -> int:
             f"{where} has {width} x {height} pixels; at most {limits.max_pixels} are allowed. "
             f"Shrink it."
         )
+    if max(width, height) > limits.max_side:
+        raise DataError(
+            f"{where} has {width} x {height} pixels; at most {limits.max_side} along a side are "
+            f"allowed. Cut it into parts."
+        )
     return width * height
