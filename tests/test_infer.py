@@ -296,6 +296,13 @@ def test_every_seed_has_draws_of_its_own_and_no_bound_is_too_large() -> None:
     assert free == bounded
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_largest_logit_is_the_first_of_equals(kind: torch.dtype) -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [7.0, 0.0, 1.0, 7.0]], dtype=kind)
+    assert choose(logits, [Sampler(Sampling())] * 2) == [1, 0]
+    assert choose(logits.t().contiguous().t(), [Sampler(Sampling())] * 2) == [1, 0]
+
+
 def test_a_token_is_drawn_even_where_logits_are_no_numbers() -> None:
     logits = torch.full((1, 5), float("nan"))
     assert choose(logits, [Sampler(Sampling(temperature=1.0))])[0] in range(5)

@@ -83,10 +83,16 @@ def test_it_computes_what_transformers_computes(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("by_torch", [False, True])
 @torch.inference_mode()
 def test_a_row_alone_is_computed_as_it_is_among_others(
-    lmm: LMM, family: str, key_heads: int
+    lmm: LMM, monkeypatch: pytest.MonkeyPatch, family: str, key_heads: int, by_torch: bool
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if by_torch else 1)
+    monkeypatch.setattr(one_row, "_WORTH_TORCH", 0)
+    asked = []
+    attend = one_row.attention
+    monkeypatch.setattr(one_row, "attention", lambda *given: asked.append(1) or attend(*given))
     decoder = best_decoder(with_language(lmm, family, num_key_value_heads=key_heads))
     assert isinstance(decoder, PlainDecoder) and decoder._one is not None
     ids = torch.arange(40, 60)
@@ -101,6 +107,7 @@ def test_a_row_alone_is_computed_as_it_is_among_others(
         [alone] = decoder.step([token], [place], caches[0], None)
         for row in decoder.step([token, token], [place, place], pair, None):
             torch.testing.assert_close(alone, row, atol=2e-5, rtol=1e-5)
+    assert bool(asked) == by_torch
     mine, theirs = caches[0].pieces(0, 0, 20), pair.pieces(1, 0, 20)
     torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
 

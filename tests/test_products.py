@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from pumice.infer import products
 from pumice.infer.byte_rows import ByteRows
+from pumice.infer.digit_row import DigitRow
 from pumice.infer.onednn import BlockedLinear
-from pumice.infer.pages import Pages
+from pumice.infer.pages import Pages, empty_like
 from pumice.infer.products import Norm, Quantized, product
 from pumice.models.quantize import QuantizedLinear
 
@@ -88,6 +89,52 @@ def test_a_row_of_eight_bits_is_that_of_the_weights_they_stand_for(
         torch.testing.assert_close(torch.from_numpy(made.one(x.numpy())), wanted, **close)
         found = torch.from_numpy(made.one(x.numpy(), plus.numpy()))
         torch.testing.assert_close(found, wanted + plus, **close)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_of_many_eight_bits_is_computed_in_integers(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    monkeypatch.setattr(products, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(products, "_WORTH_DIGITS", 48 * 300)
+    [large], [small] = eight_bits((300,), bias), eight_bits((299,), bias)
+    assert isinstance(product([large], Pages())._rows, DigitRow)  # type: ignore[attr-defined]
+    assert isinstance(product([small], Pages())._rows, ByteRows)  # type: ignore[attr-defined]
+    made = product([large], Pages())
+    for size in (1e-3, 1.0, 1e4, 0.0):
+        x = size * torch.randn(48)
+        wanted = F.linear(x, large.dequantized(), large.bias)
+        found = torch.from_numpy(made.one(x.numpy()))
+        # The last digit is worth 1 in 126 times 126 of the largest input.
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=3e-3 * size)
+        torch.testing.assert_close(found, made(x.unsqueeze(0))[0], rtol=1e-4, atol=1e-3 * size)
+    for wrong in (float("nan"), float("inf")):
+        x = torch.randn(48)
+        x[5] = wrong
+        with np.errstate(invalid="ignore"):
+            assert not np.isfinite(made.one(x.numpy())).any()
+
+
+def test_rows_of_eight_bits_that_share_their_memory_do_not_mix() -> None:
+    pages = Pages()
+    layers = [QuantizedLinear(inputs, 300, False, "int8") for inputs in (16, 48, 24)]
+    inputs = [torch.randn(layer.in_features) for layer in layers]
+    for layer in layers:
+        layer.fill(torch.randn(300, layer.in_features))
+        layer.pack()
+    made = [ByteRows.of(layer, pages) for layer in layers]
+    for _ in range(2):
+        for layer, rows, x in zip(layers, made, inputs, strict=True):
+            assert rows is not None
+            found = torch.from_numpy(rows(x.numpy()))
+            torch.testing.assert_close(found, F.linear(x, layer.dequantized()))
+
+
+def test_large_pages_are_for_what_is_large_and_on_the_cpu() -> None:
+    for shape, kind in (((3, 5), torch.float32), ((1 << 20, 9), torch.bfloat16)):
+        made = empty_like(torch.empty(2, dtype=kind), shape)
+        assert made.shape == shape and made.dtype == kind and made.is_contiguous()
+    assert empty_like(torch.empty(1, device="meta"), (1 << 20, 9)).is_meta
 
 
 def test_a_row_of_eight_bits_needs_no_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

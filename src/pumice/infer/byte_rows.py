@@ -8,6 +8,7 @@ scales of outputs come behind. Shapes: I inputs, O outputs, C strips of W output
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Self
 
 import numpy as np
@@ -38,9 +39,9 @@ class ByteRows:
         table = self._table.view(strips, inputs, -1)
         table[..., :_STRIP] = whole.view(strips, _STRIP, inputs).transpose(1, 2)
         table[..., _STRIP:] = ends
-        self._index = torch.arange(strips * inputs, dtype=torch.int32)
+        self._index = _rows_in_order(strips * inputs)
         self._starts = torch.arange(0, strips * inputs, inputs, dtype=torch.int32)
-        self._given = torch.empty(strips * inputs)
+        self._given = pages.passing(strips * inputs)
         self._strips = self._given.view(strips, inputs).numpy()
         self._scale = scale.numpy()
         self._bias = None if bias is None else bias.detach().float().numpy()
@@ -63,3 +64,14 @@ class ByteRows:
         if self._bias is not None:
             out += self._bias
         return out
+
+
+def _rows_in_order(count: int) -> torch.Tensor:
+    """int32[count]: 0, 1, ..."""
+    return _power_in_order(max(count - 1, 0).bit_length())[:count]
+
+
+@cache
+def _power_in_order(power: int) -> torch.Tensor:
+    # One for all layers, so that it is not read from memory before each.
+    return torch.arange(1 << power, dtype=torch.int32)

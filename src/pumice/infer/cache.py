@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pumice.infer.pages import empty_like
+
 # Free columns behind the last one, so that a buffer is copied once in so many tokens.
 _HEADROOM = 64
 
@@ -55,7 +57,7 @@ class Buffer:
         """For what looks like `like`, float[..., H, any, Dh]; one row takes `columns`, if given."""
         rows = 0 if columns is None else 1
         shape = (*lead, rows, like.shape[-3], columns or 0, like.shape[-1])
-        self._data = like.new_empty(shape)
+        self._data = empty_like(like, shape)
         self._rows = 0
         self._first = 0
         self._end = 0
@@ -124,7 +126,7 @@ class Buffer:
         old = self.shown
         rows = rows if rows <= known else max(rows, 2 * known)
         columns = width + new + max(_HEADROOM, (width + new) // 2)
-        self._data = old.new_empty(*lead, rows, heads, columns, head_width)
+        self._data = empty_like(old, (*lead, rows, heads, columns, head_width))
         start = width - old.shape[-2]
         self._data[..., : self._rows, :, start:width, :] = old
         self._first, self._end = start, width
@@ -232,7 +234,7 @@ class StackedCache:
         """Empty caches of one row each, of so many columns, which lie in one tensor."""
         heads, _, width = like.shape
         # Zeros, for what is masked is still multiplied by zero.
-        every = like.new_zeros(layers, 2, len(columns), heads, max(columns), width)
+        every = empty_like(like, (layers, 2, len(columns), heads, max(columns), width)).zero_()
         caches = [cls(layers, like) for _ in columns]
         for row, cache in enumerate(caches):
             cache._buffer = Buffer.within(every[:, :, row : row + 1])

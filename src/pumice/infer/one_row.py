@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from pumice.infer.attending import attention
 from pumice.infer.plain_blocks import Block
 from pumice.infer.products import Norm, Product
 
@@ -24,6 +25,8 @@ Array = NDArray[np.float32]
 
 # Bytes of weights from which reading them by several threads saves more than waking those takes.
 _WORTH_THREADS = 16 * 1024**2
+# Bytes of a layer's keys and values from which torch's threads read them faster than one of numpy.
+_WORTH_TORCH = 512 * 1024
 
 
 class OneRow:
@@ -63,7 +66,7 @@ class OneRow:
             for block, kept in zip(self._blocks, known, strict=True):
                 states = self._states(block, hidden, turns)
                 kept[:, :, -1] = states[self._heads :].reshape(2, self._key_heads, -1)
-                mixed = self._attention(states[: self._heads], kept[0], kept[1], block.scaling)
+                mixed = self._attention(states[: self._heads], kept, block.scaling)
                 hidden = block.out.one(mixed, hidden)
                 both = block.gate_up.one(block.feed_norm.one(hidden))
                 hidden = block.down.one(_gated(both), hidden)
@@ -80,8 +83,13 @@ class OneRow:
         np.multiply(pairs, turns, out=pairs)
         return states
 
-    def _attention(self, query: Array, keys: Array, values: Array, scaling: float) -> Array:
-        """float[H, Dh], float[Hk, S, Dh] twice -> float[H Dh]."""
+    def _attention(self, query: Array, known: Array, scaling: float) -> Array:
+        """float[H, Dh], float[2, Hk, S, Dh] -> float[H Dh]."""
+        if known.nbytes >= _WORTH_TORCH and torch.get_num_threads() > 1 and not self._worth_threads:
+            one, every = torch.from_numpy(query[None, None]), torch.from_numpy(known[:, None])
+            mixed: Array = attention(one, every, self._heads, scaling, None).numpy()
+            return mixed.reshape(-1)
+        keys, values = known
         query = (query * np.float32(scaling)).reshape(self._key_heads, -1, query.shape[-1])
         scores = np.matmul(query, keys.transpose(0, 2, 1))
         scores -= np.maximum.reduce(scores, -1, keepdims=True)

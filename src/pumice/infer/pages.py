@@ -15,6 +15,8 @@ import torch
 
 # Smaller matrices share a block of so many bytes; what of it is not used is never in memory.
 _BLOCK = 32 * 1024**2
+# From here on numpy asks for large pages.
+_LARGE = 4 * 1024**2
 _LINE = 64
 
 
@@ -23,6 +25,7 @@ class Pages:
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
+        self._passing = torch.empty(0)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of this shape, its numbers not set."""
@@ -33,11 +36,25 @@ class Pages:
         self._left = self._left[size + -size % _LINE :]
         return taken.view(dtype).view(*shape)
 
+    def passing(self, count: int) -> torch.Tensor:
+        """float[count] that everyone gets who asks, for what is read at once: it stays in cache."""
+        if count > len(self._passing):
+            self._passing = torch.empty(count)
+        return self._passing[:count]
+
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy; of what is on another device a plain one there."""
         if tensor.device.type != "cpu":
             return tensor.contiguous()
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def empty_like(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of this shape and its type and device, not set; in large pages if it is large."""
+    size = math.prod(shape) * tensor.dtype.itemsize
+    if tensor.device.type != "cpu" or size < _LARGE:
+        return tensor.new_empty(shape)
+    return _block(size)[:size].view(tensor.dtype).view(*shape)
 
 
 def _block(size: int) -> torch.Tensor:

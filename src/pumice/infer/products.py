@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pumice.infer.byte_rows import ByteRows
+from pumice.infer.digit_row import DigitRow
 from pumice.infer.onednn import BlockedLinear
 from pumice.infer.pages import Pages
 from pumice.models.quantize import QuantizedLinear, merged
@@ -28,6 +29,8 @@ Row = NDArray[np.float32]
 _WORTH_A_CALL = 1_500_000
 # Weights below which 8 bits save less reading than their product costs in starting (10 us a call).
 _WORTH_BYTES = 1 << 18
+# Weights from which integers, read as fast as memory gives, make up for their digits (30 us).
+_WORTH_DIGITS = 1 << 22
 
 
 class Product(Protocol):
@@ -92,8 +95,8 @@ class Dense:
 class Quantized:
     """Quantised linear layers, their outputs side by side, in `order` if given.
 
-    With `pages` int8 layers are held once more as one, and again, in those, in the order that a
-    single row reads fastest.
+    With `pages` int8 layers are held once more as one and, where a single row reads them faster in
+    an order of its own, in those again.
     """
 
     def __init__(
@@ -102,13 +105,13 @@ class Quantized:
         order: torch.Tensor | None,
         pages: Pages | None,
     ) -> None:
-        self._rows = None
+        self._rows: ByteRows | DigitRow | None = None
         if pages is not None and all(layer.packed_int8 for layer in layers):
             if len(layers) > 1:
                 every = torch.arange(sum(layer.out_features for layer in layers))
                 layers, order = [merged(layers, every if order is None else order)], None
             if order is None:
-                self._rows = ByteRows.of(layers[0], pages)
+                self._rows = _row_of(layers[0], pages)
         self._layers = layers
         self._order = order
 
@@ -187,6 +190,12 @@ def product(
     if copies and few and all(layer.packed_int8 for layer in quantized):
         return Dense([layer.dequantized() for layer in quantized], biases, order, pages)
     return Quantized(quantized, order, pages if copies else None)
+
+
+def _row_of(layer: QuantizedLinear, pages: Pages) -> ByteRows | DigitRow | None:
+    if layer.in_features * layer.out_features >= _WORTH_DIGITS:
+        return DigitRow(layer)
+    return ByteRows.of(layer, pages)
 
 
 def _together(parts: Sequence[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:

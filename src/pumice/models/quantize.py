@@ -28,7 +28,9 @@ GROUPS = (128, 64, 32)
 _INT8 = 127
 _REST = 254
 # FBGEMM's digits have 7 bits: without VNNI it adds pairs of products in 16 bits, which 8 overflow.
-_DIGIT = 63
+DIGIT = 63
+# How many times the first digit is worth what the second is.
+DIGIT_BASE = 2 * DIGIT
 _INT4 = 15
 _MIDDLE = 8
 
@@ -169,7 +171,7 @@ class QuantizedLinear(nn.Linear):
         # and integer sums do not depend on how many rows are computed together.
         rows = input.reshape(-1, self.in_features).float()
         step = torch.linalg.vector_norm(rows, torch.inf, 1, True)
-        step.clamp_(min=1e-30).mul_(1 / (_DIGIT if self.packed else _INT8))
+        step.clamp_(min=1e-30).mul_(1 / (DIGIT if self.packed else _INT8))
         scaled = rows / step
         product = (self._packed_sums if self.packed else self._plain_sums)(scaled).mul_(step)
         return product.to(input.dtype).view(*input.shape[:-1], self.out_features)
@@ -177,13 +179,17 @@ class QuantizedLinear(nn.Linear):
     def _packed_sums(self, scaled: torch.Tensor) -> torch.Tensor:
         """float[M, I] within 63 -> float[M, O]."""
         high = scaled.round()
-        digits = torch.cat([high, scaled.sub_(high).mul_(2 * _DIGIT)])
-        sums = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            digits, 1.0, _DIGIT + 1, self._blocks
-        )
-        first, second = sums.chunk(2)
-        product: torch.Tensor = first.add_(second, alpha=0.5 / _DIGIT)
+        digits = torch.cat([high, scaled.sub_(high).mul_(DIGIT_BASE)])
+        first, second = self.digit_sums(digits).chunk(2)
+        product: torch.Tensor = first.add_(second, alpha=1 / DIGIT_BASE)
         return product
+
+    def digit_sums(self, digits: torch.Tensor) -> torch.Tensor:
+        """Whole numbers from -63 to 63, float[M, I] -> float[M, O], of a packed int8 layer."""
+        sums: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            digits, 1.0, DIGIT + 1, self._blocks
+        )
+        return sums
 
     def _plain_sums(self, scaled: torch.Tensor) -> torch.Tensor:
         """float[M, I] within 127 -> float[M, O]."""
