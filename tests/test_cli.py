@@ -108,6 +108,8 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
         (("generate", "{root}/model", "--requests", ".", "--out", "y"), "Is a directory"),
         # With a model that is not there, so that none of them would serve.
         (("serve", "pockte", "--port", "0", "--api-key", ""), "an empty key"),
+        (("serve", "pockte", "--port", "0", "--api-key", " blank"), "blanks around it"),
+        (("serve", "pockte", "--port", "0", "--api-key", "clé"), "not ASCII"),
         (("serve", "pockte", "--port", "0", "--image-host", "https://a.b/"), "the name alone"),
     ],
 )

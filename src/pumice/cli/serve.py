@@ -102,7 +102,7 @@ def serve(
     from pumice.serve.run import listen, run
     from pumice.serve.server import Server
 
-    key = own_key(api_key) or os.environ.get(_KEY)
+    key = own_key(api_key) or sendable(os.environ.get(_KEY))
     given = asdict(limiting)
     max_batch, kept = given.pop("max_batch"), given.pop("kept_mib") * MEBIBYTE
     limits = Limits(
@@ -123,13 +123,26 @@ def serve(
 
 
 def own_key(given: str | None) -> str | None:
-    """--api-key as it was given; an empty one would leave open what it was to close."""
+    """--api-key as it was given; an empty one would leave open what it was to close.
+
+    Raises PumiceError for that, and for one that no client could send.
+    """
     if given is not None and not given.strip():
         raise PumiceError(
             f"--api-key is {given!r}, an empty key, which would let everybody in. Give a key (is "
             f"the variable it comes from set?), or leave --api-key out."
         )
-    return given
+    return sendable(given)
+
+
+def sendable(key: str | None) -> str | None:
+    """The key, if a header can hold it; raises PumiceError otherwise, which never shows it."""
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise PumiceError(
+            "the API key has blanks around it, a line end, or a letter that is not ASCII, and "
+            "no client's header holds it like that. Give another to --api-key or PUMICE_API_KEY."
+        )
+    return key
 
 
 def _host_name(given: str) -> str:
