@@ -569,6 +569,21 @@ def test_bodies_of_all_requests_together_have_a_limit(model: Model) -> None:
         server.stop()
 
 
+def test_a_body_that_never_ends_is_told_in_the_time_of_a_request(model: Model) -> None:
+    server = Running(model, Limits(seconds=0.5, drain_seconds=1.0))
+    host, port = server.url.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
+    try:
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(f"{head}{{".encode())
+            told = b"".join(iter(lambda: client.recv(4096), b""))
+        assert told.startswith(b"HTTP/1.1 408 ") and b"within 0.5 seconds" in told
+        answer = server.post(messages=messages(text="x"), max_tokens=1)
+        assert answer.status_code == 200
+    finally:
+        server.stop()
+
+
 def test_web_images_come_from_named_public_hosts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = frozenset({"pictures.test"})
 

@@ -23,6 +23,7 @@ RETRY_AFTER = 1
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
     502: "server_error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ Counted = Callable[[str, int, float], None]
 
 class Guard:
     """Refuses without reading on: a wrong key with 401, a body that is too large with 413.
+
+    A body that takes longer than a request may gets 408, or slow ones would fill the room for all.
 
     `local_host` is the host that was bound where only this machine reaches the port; without a
     key, requests for other hosts get 403 then.
@@ -69,7 +72,7 @@ class Guard:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        body = _Body(receive)
+        body = _Body(receive, asyncio.get_running_loop().time() + self._limits.seconds)
         try:
             await self._app(scope, self._limited(body), send)
         finally:
@@ -99,7 +102,12 @@ class Guard:
         """Counts what comes, for bodies that do not say how long they are."""
 
         async def receiving() -> Message:
-            message = await body.receive()
+            try:
+                async with asyncio.timeout_at(None if body.whole else body.deadline):
+                    message = await body.receive()
+            except TimeoutError as error:
+                raise self._too_slow() from error
+            body.whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             body.read += size
             self._held += size
@@ -112,6 +120,10 @@ class Guard:
 
         return receiving
 
+    def _too_slow(self) -> HTTPException:
+        told = f"the body has not come within {self._limits.seconds:g} seconds; send it faster."
+        return HTTPException(408, told, headers={"Connection": "close"})
+
     def _too_large(self) -> ApiError:
         most = self._limits.max_body_bytes
         return ApiError(
@@ -123,10 +135,13 @@ class Guard:
 
 @dataclass(slots=True)
 class _Body:
-    """A body as it comes, and how much of it has come."""
+    """A body as it comes, and how much of it has come, in bytes."""
 
     receive: Receive
+    deadline: float
+    """The time of the event loop by which all of it must have come."""
     read: int = 0
+    whole: bool = False
 
 
 def _route(scope: Scope) -> str:
