@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
@@ -93,7 +93,8 @@ class Server:
         self.stopping = False
         self._readers, self._fetchers = CapacityLimiter(_READERS), CapacityLimiter(_FETCHERS)
         self._large = threading.Lock()
-        self._ends: deque[float] = deque(maxlen=_RECENT)
+        self._answers: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+        """When each of the last answers was asked for, and when it ended."""
         self.metrics = Metrics(self.online.counters)
         self.app = self._app(api_key, local_host)
 
@@ -113,7 +114,7 @@ class Server:
             except ClientGone:
                 return Response(status_code=CLIENT_GONE)
             finally:
-                self._ends.append(time.monotonic())
+                self._answers.append((start, time.monotonic()))
             return JSONResponse(reply.whole(results))
         told = False
 
@@ -129,7 +130,7 @@ class Server:
             seconds=self.limits.seconds,
             with_usage=bool(body.stream_options and body.stream_options.include_usage),
             first_piece=first_piece,
-            ended=lambda: self._ends.append(time.monotonic()),
+            ended=lambda: self._answers.append((start, time.monotonic())),
         )
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
@@ -208,8 +209,9 @@ class Server:
         if self.stopping or self.online.broken:
             return ApiError(503, str(error))
         wait = RETRY_AFTER
-        if len(self._ends) > 1:
-            seconds_each = (time.monotonic() - self._ends[0]) / len(self._ends)
+        # A copy, since the event loop adds to it while this thread looks.
+        if answers := self._answers.copy():
+            seconds_each = _busy_seconds(answers) / len(answers)
             wait = math.ceil(seconds_each * self.online.counters().waiting)
         wait = min(max(wait, RETRY_AFTER), _LONGEST_RETRY)
         return ApiError(429, str(error), code="rate_limit_exceeded", retry_after=wait)
@@ -275,6 +277,15 @@ def _choices(messages: tuple[Message, ...], sampling: Sampling, count: int) -> l
     return [
         Question(messages, replace(sampling, seed=sampling.seed + index)) for index in range(count)
     ]
+
+
+def _busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """How long anything went on, of spans that may overlap and leave gaps."""
+    busy, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return busy
 
 
 async def _tidy() -> None:
