@@ -532,6 +532,29 @@ def test_a_signal_lets_running_requests_end_and_refuses_new_ones(model: Model) -
     server.http.close()
 
 
+def test_a_second_signal_breaks_off_what_is_on_its_way(model: Model) -> None:
+    server = Running(model, Limits(drain_seconds=60.0))
+    step = server.server.online._scheduler.step
+    server.server.online._scheduler.step = lambda: (time.sleep(0.1), step())[1]  # type: ignore[method-assign]
+    long = {"messages": messages(), "guided_choice": [" ".join(["red"] * 200)], "n": 4}
+    start = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(server.post, **long, stream=stream) for stream in (True, False, True)]
+        while not counters(server).running or not counters(server).waiting:
+            time.sleep(0.01)
+        server.uvicorn.handle_exit(signal.SIGINT, None)
+        while not server.server.stopping:
+            time.sleep(0.01)
+        server.uvicorn.handle_exit(signal.SIGINT, None)
+        answers = [one.result() for one in asked]
+    server.thread.join(20)
+    # Before the twenty seconds that the first four answers take, and the forty of the others.
+    assert not server.thread.is_alive() and time.monotonic() - start < 10
+    assert [answer.status_code for answer in answers] == [200, 503, 200]
+    assert all("the answer was not finished" in answer.text for answer in answers)
+    server.http.close()
+
+
 def test_what_is_kept_for_later_has_a_bound(model: Model) -> None:
     small = Model(model.lmm, model.processor, 4, kept_bytes=600_000)
     server = Running(small, Limits(drain_seconds=1.0))

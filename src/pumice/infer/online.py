@@ -274,7 +274,7 @@ class Online:
 
     def close(self, drain: float = 0.0) -> None:
         """Ends: takes no new requests, lets those on their way go on for `drain` seconds, then
-        cancels them. Every handle gets its result."""
+        cancels them, which a second call may do sooner. Every handle gets its result."""
         with self._changed:
             self._draining = True
             self._changed.wait_for(lambda: not self._handles, timeout=drain)

@@ -50,7 +50,7 @@ class Forwarder:
         self._http = httpx2.AsyncClient(timeout=endpoint.timeout)
         self.app = self._app(api_key, local_host)
 
-    async def stop(self) -> None:
+    async def stop(self, *, at_once: bool = False) -> None:
         """Nothing waits here: answers on their way end with their connections."""
 
     async def chat(self, request: Request) -> Response:

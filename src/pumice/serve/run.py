@@ -21,34 +21,37 @@ class Served(Protocol):
 
     app: FastAPI
 
-    async def stop(self) -> None:
-        """Takes nothing new and lets what is on its way end."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Takes nothing new and lets what is on its way end; `at_once` breaks it off."""
 
 
 class Stopping(uvicorn.Server):
     """uvicorn, but the first signal leaves the port open, so that new requests are told 503.
 
-    A second signal ends at once.
+    A second signal breaks off what is on its way, whose clients are told so. Once all that is left
+    are last bytes, it does not wait for these either.
     """
 
     def __init__(self, config: uvicorn.Config, server: Served) -> None:
         super().__init__(config)
         self._server = server
-        self._asked = False
-        self._ending: asyncio.Task[None] | None = None
+        self._asked = 0
+        self._ending: list[asyncio.Task[None]] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or Ctrl-C."""
-        if self._asked:
-            super().handle_exit(sig, frame)
-        self._asked = True
+        self._asked += 1
+        if self.should_exit:
+            self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
-        if self._asked and self._ending is None:
-            self._ending = asyncio.create_task(self._server.stop())
-        if self._ending is not None and self._ending.done():
-            self._ending.result()
+        while len(self._ending) < min(self._asked, 2):
+            stopping = self._server.stop(at_once=bool(self._ending))
+            self._ending.append(asyncio.create_task(stopping))
+        if self._ending and all(task.done() for task in self._ending):
+            for task in self._ending:
+                task.result()
             self.should_exit = True
         return await super().on_tick(counter)
 

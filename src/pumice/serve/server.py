@@ -147,10 +147,13 @@ class Server:
         [entry] = self.models()["data"]
         return dict(entry)
 
-    async def stop(self) -> None:
-        """Takes no new requests and lets those on their way go on, as long as `drain_seconds`."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Takes no new requests and lets those on their way go on, as long as `drain_seconds`.
+
+        `at_once` breaks them off, also for an earlier call that waits.
+        """
         self.stopping = True
-        await run_sync(self.online.close, self.limits.drain_seconds)
+        await run_sync(self.online.close, 0.0 if at_once else self.limits.drain_seconds)
 
     def health(self) -> dict[str, Any]:
         """GET /health; 503 once the server has been asked to stop, or cannot answer any more."""
