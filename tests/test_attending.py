@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from pumice.infer import attending
+from pumice.infer import attending, cache
 from pumice.infer.attending import OneByOne, SideBySide
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.infer.plain_decoder import PlainDecoder
@@ -88,3 +88,33 @@ def test_rows_of_other_buffers_are_not_taken_for_one(model: LMM) -> None:
     assert not SideBySide.can_hold([chunk(first[0])])
     assert not SideBySide.can_hold([chunk(decoder.cache(4)), chunk(decoder.cache(4))])
     assert attending._CUT < 150  # "long" above is longer
+
+
+@torch.inference_mode()
+def test_rows_that_lie_side_by_side_become_a_batch_without_a_copy(model: LMM) -> None:
+    decoder = PlainDecoder(model)
+    lengths = [5, 7, 6]
+    every = [decoder.caches(lengths) for _ in range(2)]
+    for caches in every:
+        embeds = [model.language.embed(torch.arange(9, 9 + length)) for length in lengths]
+        decoder.read([Chunk(e, 0, row, None, True) for e, row in zip(embeds, caches, strict=True)])
+    assert not decoder.cache().take_over(every[0][:2])
+    assert not decoder.cache().take_over(every[0][::-1])
+    assert not decoder.cache().take_over([*every[0][:2], every[1][2]])
+    assert not decoder.cache().take_over(decoder.caches(lengths))  # nothing is read yet
+    joined, taken = decoder.cache(), decoder.cache()
+    for row, more in ((0, 2), (1, 1), (2, 0)):
+        joined.join(every[0][row], lengths[row], more)
+    memory = every[1][0].beside.every.data_ptr()
+    assert taken.take_over(every[1]) and taken._buffer.shown.data_ptr() == memory
+    assert not taken.take_over(every[0])
+    for step in range(cache._ANSWER + 2):
+        if step == 3:
+            for batch in (joined, taken):
+                batch.leave(0, max(lengths[1:]))
+            lengths = [lengths[2], lengths[1]]
+        tokens = list(range(5, 5 + len(lengths)))
+        one, other = (decoder.step(tokens, lengths, batch, None) for batch in (joined, taken))
+        assert torch.equal(one, other)
+        assert (taken._buffer._data.data_ptr() == memory) == (step < cache._ANSWER)
+        lengths = [length + 1 for length in lengths]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from pumice.infer.cache import StackedCache
 from pumice.infer.decoder import Chunk
 
 # Longer chunks are cut, so that no position is multiplied with more than so many later keys: torch
@@ -89,31 +90,33 @@ class SideBySide:
         for chunk, length in zip(chunks, lengths, strict=True):
             chunk.cache.grow(length, 1)
         like = chunks[0].embeds
-        numbers = torch.tensor([[c.first for c in chunks], lengths], device=like.device)
-        first, length = numbers.unsqueeze(-1)
+        starts = [chunk.cache.beside.first for chunk in chunks]
+        firsts = [start + c.first for start, c in zip(starts, chunks, strict=True)]
+        numbers = torch.tensor([starts, firsts, lengths], device=like.device)
+        start, first, length = numbers.unsqueeze(-1)
         times = torch.arange(max(lengths), device=like.device)
         self._row, self._time = (times < length).nonzero(as_tuple=True)
         self._column = first[self._row, 0] + self._time
-        columns = torch.arange(int(numbers.sum(0).max()), device=like.device)
-        unseen = columns > (first + times).unsqueeze(-1)
+        ends = [first + length for first, length in zip(firsts, lengths, strict=True)]
+        columns = torch.arange(max(ends), device=like.device)
+        unseen = (columns > (first + times).unsqueeze(-1)) | (columns < start).unsqueeze(1)
         self._mask = like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf")).unsqueeze(1)
         self._last = length.squeeze(-1) - 1
-        self._ends = numbers[1].cumsum(0) - 1
+        self._ends = numbers[2].cumsum(0) - 1
         self._ending = [place for place, chunk in enumerate(chunks) if chunk.ends]
         self._known = chunks[0].cache.beside.every[..., : len(columns), :]
+        for row, end in enumerate(ends):
+            if end < len(columns):
+                # What is masked is still multiplied by zero.
+                self._known[:, :, row, :, end:] = 0
 
     @staticmethod
     def can_hold(chunks: Sequence[Chunk]) -> bool:
         """Whether these are all rows of one tensor, and short."""
-        beside = [chunk.cache.beside for chunk in chunks]
-        if len(chunks) < 2 or beside[0] is None or len(chunks) != beside[0].every.shape[2]:
+        if len(chunks) < 2 or not StackedCache.whole([chunk.cache for chunk in chunks]):
             return False
-        whole = all(
-            one is not None and one.every is beside[0].every and one.row == row
-            for row, one in enumerate(beside)
-        )
         lengths = [len(chunk.embeds) for chunk in chunks]
-        return whole and max(lengths) <= _CUT and max(lengths) * len(lengths) <= 2 * sum(lengths)
+        return max(lengths) <= _CUT and max(lengths) * len(lengths) <= 2 * sum(lengths)
 
     def __call__(
         self, layer: int, states: torch.Tensor, scaling: float, last: bool

@@ -20,6 +20,8 @@ from pumice.infer.pages import empty_like
 
 # Free columns behind the last one, so that a buffer is copied once in so many tokens.
 _HEADROOM = 64
+# Those behind prompts that are read side by side: a short answer needs no other memory.
+_ANSWER = 16
 
 Pieces = list[torch.Tensor]
 """The keys and values of some positions of one row, float[..., H, n, Dh] each."""
@@ -37,6 +39,9 @@ class RowsCache(Protocol):
 
         `more` rows, none of them longer, come right behind it: room is made for all at once.
         """
+
+    def take_over(self, caches: Sequence[Self]) -> bool:
+        """Becomes these caches of one row each, without a copy, if they lie so and it is empty."""
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""
@@ -69,10 +74,22 @@ class Buffer:
         buffer._data = data
         return buffer
 
+    @classmethod
+    def full(cls, data: torch.Tensor, end: int) -> Self:
+        """A buffer of memory, float[*lead, B, H, S, Dh], whose columns before `end` are set."""
+        buffer = cls(data[..., :0, :])
+        buffer._data, buffer._rows, buffer._end = data, data.shape[-4], end
+        return buffer
+
     @property
     def width(self) -> int:
         """The columns in use."""
         return self._end - self._first
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another column would need other memory."""
+        return self._end == self._data.shape[-2]
 
     @property
     def shown(self) -> torch.Tensor:
@@ -197,6 +214,10 @@ class BufferCache(Cache):  # type: ignore[misc]
         for layer, source in zip(self.layers, other.layers, strict=True):
             layer.join(source, length, more)
 
+    def take_over(self, caches: Sequence[BufferCache]) -> bool:
+        """Never: each lies in memory of its own."""
+        return False
+
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""
         for layer in self.layers:
@@ -217,8 +238,12 @@ class Beside(NamedTuple):
     """Where a cache lies among those that were made together with it."""
 
     every: torch.Tensor
-    """float[L, 2, B, H, S, Dh]"""
+    """float[L, 2, B, H, S, Dh]; rows end in the same column, and behind it is room for answers."""
     row: int
+    first: int
+    """The row's first column; what stands before it is zero."""
+    end: int
+    """The column behind the last of every row."""
 
 
 class StackedCache:
@@ -233,12 +258,14 @@ class StackedCache:
     def side_by_side(cls, layers: int, like: torch.Tensor, columns: Sequence[int]) -> list[Self]:
         """Empty caches of one row each, of so many columns, which lie in one tensor."""
         heads, _, width = like.shape
-        # Zeros, for what is masked is still multiplied by zero.
-        every = empty_like(like, (layers, 2, len(columns), heads, max(columns), width)).zero_()
+        end = max(columns)
+        every = empty_like(like, (layers, 2, len(columns), heads, end + _ANSWER, width))
+        # Padding must be numbers, for what is masked is still multiplied by zero.
+        every[..., : end - min(columns), :] = 0
         caches = [cls(layers, like) for _ in columns]
-        for row, cache in enumerate(caches):
-            cache._buffer = Buffer.within(every[:, :, row : row + 1])
-            cache.beside = Beside(every, row)
+        for row, (cache, count) in enumerate(zip(caches, columns, strict=True)):
+            cache._buffer = Buffer.within(every[:, :, row : row + 1, :, end - count : end])
+            cache.beside = Beside(every, row, end - count, end)
         return caches
 
     @property
@@ -267,6 +294,34 @@ class StackedCache:
         """Takes in the last `length` columns of a cache of one row; `more` rows come behind it."""
         row = other._buffer.shown[:, :, 0]
         self._buffer.join(row[..., row.shape[-2] - length :, :], more)
+
+    def take_over(self, caches: Sequence[StackedCache]) -> bool:
+        """The full caches of one tensor, all of them and in order, become this empty one.
+
+        Nothing is copied; those are not to be used any more. Whether these were such caches.
+        """
+        if self.width or not StackedCache.whole(caches):
+            return False
+        if not all(cache._buffer.is_full for cache in caches):
+            return False
+        assert caches[0].beside is not None
+        self._buffer = Buffer.full(caches[0].beside.every, caches[0].beside.end)
+        return True
+
+    @staticmethod
+    def whole(caches: Sequence[StackedCache]) -> bool:
+        """Whether these are all rows of one tensor, in order."""
+        one = caches[0].beside
+        return (
+            one is not None
+            and len(caches) == one.every.shape[2]
+            and all(
+                cache.beside is not None
+                and cache.beside.every is one.every
+                and cache.beside.row == row
+                for row, cache in enumerate(caches)
+            )
+        )
 
     def leave(self, row: int, width: int) -> None:
         """Gives a row up; the last one moves into its place, and `width` columns are kept."""

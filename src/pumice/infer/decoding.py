@@ -28,10 +28,13 @@ class Running:
 
     def join(self, rows: Sequence[Row]) -> None:
         """Rows whose prompts are read and whose first tokens are chosen."""
-        rows = sorted(rows, key=lambda row: -len(row.prompt))
-        for row, more in zip(rows, reversed(range(len(rows))), strict=True):
-            assert row.cache is not None
-            self.cache.join(row.cache, len(row.prompt), more)
+        caches = [row.cache for row in rows if row.cache is not None]
+        if not self.cache.take_over(caches):
+            rows = sorted(rows, key=lambda row: -len(row.prompt))
+            for row, more in zip(rows, reversed(range(len(rows))), strict=True):
+                assert row.cache is not None
+                self.cache.join(row.cache, len(row.prompt), more)
+        for row in rows:
             row.cache = None
             # The tokens to come look where the last one of the prompt looks.
             row.media = row.media and row.media.after()
