@@ -81,34 +81,44 @@ class OneByOne:
 
 class SideBySide:
     """All chunks in one operation, padded to the longest: of short ones each costs more to call
-    than to compute. Their caches lie in one tensor, so that nothing is copied.
+    than to compute. Their caches lie in one tensor, so that nothing is copied. A chunk's places
+    are the last T of them; what is computed for the others is left behind.
     """
 
     def __init__(self, chunks: Sequence[Chunk], heads: int) -> None:
         self._heads = heads
         lengths = [len(chunk.embeds) for chunk in chunks]
+        longest = max(lengths)
         for chunk, length in zip(chunks, lengths, strict=True):
             chunk.cache.grow(length, 1)
         like = chunks[0].embeds
         starts = [chunk.cache.beside.first for chunk in chunks]
         firsts = [start + c.first for start, c in zip(starts, chunks, strict=True)]
-        numbers = torch.tensor([starts, firsts, lengths], device=like.device)
-        start, first, length = numbers.unsqueeze(-1)
-        times = torch.arange(max(lengths), device=like.device)
-        self._row, self._time = (times < length).nonzero(as_tuple=True)
-        self._column = first[self._row, 0] + self._time
         ends = [first + length for first, length in zip(firsts, lengths, strict=True)]
-        columns = torch.arange(max(ends), device=like.device)
-        unseen = (columns > (first + times).unsqueeze(-1)) | (columns < start).unsqueeze(1)
-        self._mask = like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf")).unsqueeze(1)
-        self._last = length.squeeze(-1) - 1
+        numbers = torch.tensor([starts, ends, lengths], device=like.device)
+        start, end, length = numbers.unsqueeze(-1)
         self._ends = numbers[2].cumsum(0) - 1
+        behind = torch.arange(1 - longest, 1, device=like.device)
+        own = behind > -length
+        # Where each position stands among the padded ones, and where each of those comes from.
+        self._places = own.flatten().nonzero().squeeze(1)
+        self._sources = (self._ends.unsqueeze(1) + behind * own).flatten()
+        at = end - 1 + behind
+        self._row, self._column = own.nonzero(as_tuple=True)[0], at[own]
+        columns = torch.arange(max(ends), device=like.device)
+        unseen = (columns > at.unsqueeze(-1)) | (columns < start.unsqueeze(-1))
+        self._mask = like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf")).unsqueeze(1)
         self._ending = [place for place, chunk in enumerate(chunks) if chunk.ends]
         self._known = chunks[0].cache.beside.every[..., : len(columns), :]
-        for row, end in enumerate(ends):
-            if end < len(columns):
+        for row, last in enumerate(ends):
+            if last < len(columns):
                 # What is masked is still multiplied by zero.
-                self._known[:, :, row, :, end:] = 0
+                self._known[:, :, row, :, last:] = 0
+        # Whether all may be kept as they are padded: over nothing but columns of no one.
+        self._alike = min(ends) == max(ends) and all(
+            chunk.first == 0 or count == longest
+            for chunk, count in zip(chunks, lengths, strict=True)
+        )
 
     @staticmethod
     def can_hold(chunks: Sequence[Chunk]) -> bool:
@@ -123,18 +133,18 @@ class SideBySide:
     ) -> torch.Tensor:
         """float[N, H + 2 Hk, Dh] -> float[N, H Dh], or float[K, H Dh]."""
         known = self._known[layer]
-        both = states[:, self._heads :].reshape(len(states), 2, -1, states.shape[-1])
-        known.permute(1, 3, 0, 2, 4)[self._row, self._column] = both
+        rows, new = self._mask.shape[0], self._mask.shape[2]
+        padded = states.flatten(1).index_select(0, self._sources).view(rows, new, *states.shape[1:])
+        if self._alike:
+            keep(padded, known[..., -new:, :], self._heads)
+        else:
+            both = states[:, self._heads :].reshape(len(states), 2, -1, states.shape[-1])
+            known.permute(1, 3, 0, 2, 4)[self._row, self._column] = both
         if last:
-            rows = torch.arange(len(self._ends), device=states.device)
-            mask = self._mask[rows, :, self._last].unsqueeze(2)
-            query = states[self._ends].unsqueeze(1)
-            return attention(query, known, self._heads, scaling, mask)[self._ending, 0]
-        width = states.shape[-1]
-        query = states.new_zeros(known.shape[1], self._mask.shape[2], self._heads, width)
-        query[self._row, self._time] = states[:, : self._heads]
-        found = attention(query, known, self._heads, scaling, self._mask)
-        return found[self._row, self._time]
+            mask = self._mask[:, :, -1:]
+            return attention(padded[:, -1:], known, self._heads, scaling, mask)[self._ending, 0]
+        found = attention(padded, known, self._heads, scaling, self._mask)
+        return found.flatten(0, 1).index_select(0, self._places)
 
 
 def keep(states: torch.Tensor, fresh: torch.Tensor, heads: int) -> None:

@@ -241,7 +241,7 @@ class Beside(NamedTuple):
     """float[L, 2, B, H, S, Dh]; rows end in the same column, and behind it is room for answers."""
     row: int
     first: int
-    """The row's first column; what stands before it is zero."""
+    """The row's first column; before it stand numbers that mean nothing."""
     end: int
     """The column behind the last of every row."""
 
