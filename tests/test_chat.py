@@ -24,7 +24,8 @@ import tiny
 from conftest import Run
 from pumice.cli import chat
 from pumice.cli.picture import drawn
-from pumice.core.types import Request, Result
+from pumice.cli.talk import Talk
+from pumice.core.types import Request, Result, Sampling
 from pumice.infer.model import load
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
@@ -65,13 +66,35 @@ def test_a_talk_through_a_pipe(run: Run, scene: Path, monkeypatch: pytest.Monkey
                  "Did you mean 'short'?", "/reset", "cut after 7 tokens"):  # fmt: skip
         assert said in err
     first, second, third = (request.messages for request in asked)
-    assert [part.image for part in first[-1].images] == [scene]
+    assert [part.image for part in first[-1].images] == [scene.read_bytes()]
     assert [message.role for message in second] == ["user", "assistant", "user"]
     assert second[1].text == "an answer"
-    assert [part.image for part in second[-1].images] == [scene]
+    assert [part.image for part in second[-1].images] == [scene.read_bytes()]
     assert second[-1].text.endswith("second\nAnswer the question using a single word or phrase.")
     assert [message.text for message in third] == ["third"]
     assert asked[0].sampling.temperature == 0.5
+
+
+def test_a_picture_stays_what_was_shown(scene: Path, tmp_path: Path) -> None:
+    asked: list[Request] = []
+
+    def speak(request: Request) -> Generator[str, None, Result]:
+        asked.append(request)
+        yield "so"
+        return Result(text="so", finish_reason="stop")
+
+    talk, file = Talk(speak, Sampling()), tmp_path / "shot.png"
+    shown = [scene.read_bytes(), b""]
+    file.write_bytes(shown[0])
+    talk.hear(f"/image {file}")
+    # As programs do that take pictures of the screen into one and the same file.
+    PIL.Image.new("RGB", (8, 8)).save(file)
+    shown[1] = file.read_bytes()
+    talk.hear("what?")
+    talk.hear(f"/image {file}")
+    file.unlink()
+    talk.hear("and now?")
+    assert [[i.image for m in r.messages for i in m.images] for r in asked] == [shown[:1], shown]
 
 
 def test_files_as_terminals_write_them(

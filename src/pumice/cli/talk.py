@@ -49,7 +49,8 @@ class Talk:
     """Shows a picture, where the terminal can."""
     format: str = "none"
     messages: list[Message] = field(default_factory=list)
-    waiting: list[Path] = field(default_factory=list)
+    waiting: list[bytes] = field(default_factory=list)
+    """Files as they were when they were shown: what was talked about stays what it was."""
 
     def hear(self, line: str) -> None:
         """One line from the person: a command, or a question to stream the answer of.
@@ -87,7 +88,7 @@ class Talk:
         from pumice.core.images import open_image
 
         picture = open_image(path)
-        self.waiting.append(path)
+        self.waiting.append(path.read_bytes())
         if self.draw is not None:
             self.draw(picture)
         width, height = picture.size
