@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import PIL.Image
 import pytest
 
@@ -26,7 +28,9 @@ from pumice.cli import chat
 from pumice.cli.picture import drawn
 from pumice.cli.talk import Talk
 from pumice.core.types import Request, Result, Sampling
+from pumice.infer import remote_stream
 from pumice.infer.model import load
+from pumice.serve.errors import event
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
 from serving import Running
@@ -110,6 +114,17 @@ def test_files_as_terminals_write_them(
     typed(monkeypatch, str(path), "/image 'half")
     code, _, err = run("chat", "pocket")
     assert code == 1 and f"/image {path}" in err and "'half does not exist" in err
+
+
+def test_signs_that_end_lines_for_python_end_none_of_a_stream() -> None:
+    answer = {"text": "one\u2028two\x85three\u2029four\x0c"}
+    raw = json.dumps(answer, ensure_ascii=False)
+    pieces = [part.encode() for part in (": wait\r\n\r\nda", f"ta: {raw}\r\n\r\n", "data: [DONE]")]
+    stream = httpx2.Response(200, content=iter(pieces))
+    assert list(remote_stream._events(stream, "http://x")) == [answer]
+    # Ours are read right by those who take Python's lines.
+    [line, _] = event(answer).splitlines()
+    assert json.loads(line.removeprefix("data: ")) == answer
 
 
 @pytest.fixture(scope="module")

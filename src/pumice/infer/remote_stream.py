@@ -55,7 +55,7 @@ def stream_remote(model: RemoteModel, request: Request) -> Generator[str, None, 
 
 def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
     """The JSON objects of server-sent events, which must come to their end."""
-    for line in answer.iter_lines():
+    for line in _lines(answer):
         if not line.startswith(_DATA):
             continue
         data = line.removeprefix(_DATA).strip()
@@ -70,6 +70,18 @@ def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
         if isinstance(event, dict):
             yield event
     raise PumiceError(f"{url} broke off in the middle of the answer.")
+
+
+def _lines(answer: httpx2.Response) -> Iterator[str]:
+    """Lines as the protocol ends them.
+
+    Python ends them at signs that may stand in an answer, too, such as U+2028 and U+0085.
+    """
+    rest = ""
+    for piece in answer.iter_text():
+        *lines, rest = (rest + piece).split("\n")
+        yield from lines
+    yield rest
 
 
 def _cause(body: str) -> str:

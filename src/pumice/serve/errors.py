@@ -89,7 +89,11 @@ class ApiError(Exception):
 
 def event(data: dict[str, Any]) -> str:
     """One server-sent event, an error or a piece of an answer."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    text = json.dumps(data, ensure_ascii=False)
+    # Python's clients read line by line, and to them these signs end lines as well.
+    for sign in "\x85\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return f"data: {text}\n\n"
 
 
 def answer_errors(app: FastAPI) -> None:
