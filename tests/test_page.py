@@ -157,6 +157,52 @@ def test_stop_ends_the_answer_and_frees_the_server(page: sync_api.Page, running:
         online._scheduler.step = step  # type: ignore[method-assign]
 
 
+def test_a_new_talk_knows_nothing_of_an_answer_on_its_way(
+    page: sync_api.Page, running: Running, scene: Path
+) -> None:
+    expect, online = sync_api.expect, running.server.online
+    step = online._scheduler.step
+    online._scheduler.step = lambda: (time.sleep(0.2), step())[1]  # type: ignore[method-assign]
+    try:
+        drop(page, scene.read_bytes(), "scene.png", "image/png")
+        expect(page.locator("#shown figure")).to_have_count(1)
+        ask(page, "Describe the image in detail.")
+        expect(page.locator(".assistant")).to_contain_text("The", timeout=PATIENCE)
+        page.click("#reset")
+        expect(page.locator("#send")).to_be_visible()
+        expect(page.locator("#text")).to_have_value("")
+        expect(page.locator("#shown figure")).to_have_count(0)
+        with page.expect_request("**/v1/chat/completions") as sent:
+            ask(page, "What is red?")
+        assert len(sent.value.post_data_json["messages"]) == 1
+        expect(page.locator(".assistant")).to_have_count(1)
+        # What is written meanwhile is not lost to a question that got no answer.
+        page.fill("#text", "And what is blue?")
+        page.keyboard.press("Escape")
+        expect(page.locator("#send")).to_be_visible()
+        expect(page.locator("#text")).to_have_value("And what is blue?")
+    finally:
+        online._scheduler.step = step  # type: ignore[method-assign]
+
+
+def test_the_longest_answer_is_the_servers_however_short(
+    browser: sync_api.Browser, model: Model
+) -> None:
+    short = Running(model, Limits(max_new_tokens=5, drain_seconds=1.0))
+    try:
+        with opened(browser, short) as page:
+            ask(page, "What is red?")
+            answer = page.locator(".assistant .quiet")
+            sync_api.expect(answer).to_contain_text("tokens", timeout=PATIENCE)
+            page.click("summary")
+            page.fill("#key", "clé")
+            ask(page, "And blue?")
+            refused = page.locator(".assistant.error")
+            sync_api.expect(refused).to_contain_text("the API key has a sign")
+    finally:
+        short.stop()
+
+
 def test_errors_are_shown_and_the_question_stays(page: sync_api.Page) -> None:
     expect = sync_api.expect
     drop(page, b"no image at all", "notes.txt", "text/plain")

@@ -96,6 +96,8 @@ async function answer(messages, bubble) {
 }
 
 async function post(messages, signal) {
+  // A browser sends no such header, and says of it what it says of a server that is gone.
+  if (/[^ -~]/.test($("key").value.trim())) throw new Error("the API key has a sign that no key has, such as a letter with an accent");
   try {
     return await fetch("/v1/chat/completions", {
       method: "POST",
@@ -138,16 +140,21 @@ async function ask(event) {
     images.append(...shown.map((one) => figure(one)));
     bubbleAsked.prepend(images);
   }
-  const kept = shown;
+  const [kept, own] = [shown, talk];
   clearQuestion();
   const bubble = turn("assistant", "");
   bubble.classList.add("waiting");
   const said = await answer([...talk, message], bubble);
+  // Of an answer that a new talk has broken off nothing stays.
+  if (talk !== own) return;
   if (said === null || !said.trim()) {
-    // What was not answered is no part of the talk; the question stays to be sent again.
-    $("text").value = question;
-    shown = kept;
-    showImages();
+    // What was not answered is no part of the talk; the question stays to be sent again, unless
+    // the next one is being written already.
+    if (!$("text").value.trim() && !shown.length) {
+      $("text").value = question;
+      shown = kept;
+      showImages();
+    }
   } else {
     talk.push(message, { role: "assistant", content: said.trim() });
   }
@@ -424,5 +431,6 @@ try {
 }
 $("model").textContent = settings.model;
 $("length").max = settings.max_new_tokens;
+$("length").min = Math.min(16, settings.max_new_tokens);
 $("length").value = Math.min(256, settings.max_new_tokens);
 $("length-shown").value = $("length").value;
