@@ -35,6 +35,7 @@ QUESTIONS = (
     "How many shapes are there?",
 )
 SAMPLES = 48
+ALONE = 50
 
 
 def main() -> None:
@@ -49,6 +50,7 @@ def main() -> None:
     options = ["--max-waiting", str(arguments.max_waiting)]
     options += ["--kept-mib", str(arguments.kept_mib)]
     with serving(arguments.model, *options) as server:
+        alone = one_client(server.url)
         record = measure(server, arguments.clients, arguments.seconds)
     record = {
         **where("serve.py"),
@@ -59,10 +61,36 @@ def main() -> None:
         f"of {PICTURES} or, every fourth time, one never shown before; four questions, at most 48 "
         "tokens; half of the clients OpenAI's, half raw HTTP, half of the answers streamed; "
         "clients run on the same cores",
+        "one_client_ms": alone,
         **record,
         "ended_with": server.status,
     }
     write("serve.json", record)
+
+
+def one_client(url: str) -> dict[str, float]:
+    """Milliseconds of one request after the other, in the middle of `ALONE` of each kind."""
+    session = httpx2.Client(base_url=url, timeout=60)
+    shown = picture(0)
+
+    def short(stream: bool) -> None:
+        body = {"messages": messages(shown, QUESTIONS[0]), "max_tokens": 8, "stream": stream}
+        session.post("/v1/chat/completions", json=body).raise_for_status()
+
+    kinds = {
+        "models": lambda: session.get("/v1/models").raise_for_status(),
+        "short_answer": lambda: short(False),
+        "short_answer_streamed": lambda: short(True),
+    }
+    found = {}
+    for name, ask in kinds.items():
+        times = []
+        for _ in range(ALONE):
+            start = time.monotonic()
+            ask()
+            times.append(time.monotonic() - start)
+        found[name] = round(statistics.median(times) * 1e3, 2)
+    return found
 
 
 def measure(server: Process, clients: int, seconds: float) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pumice.models.tiling import TilingSpec
 from pumice.serve import host_names, remote_images
 from pumice.serve import server as server_module
 from pumice.serve.limits import Limits
+from pumice.serve.run import listen
 from pumice.world.scenes import random_scene, render
 from serving import Listening, Running, abandon_upload
 
@@ -427,6 +428,13 @@ def test_a_local_server_without_a_key_answers_to_its_own_names(
         local.stop()
     # Who does not know the key learns nothing by another name.
     assert running.http.get("/v1/models", headers={"Host": "a.test"}).status_code == 200
+
+
+def test_no_connection_waits_for_an_acknowledgement_before_it_sends() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connected, _ = listener.accept()
+        with connected:
+            assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_only_a_port_of_this_machine_has_names_of_its_own() -> None:

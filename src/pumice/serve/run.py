@@ -60,12 +60,16 @@ def listen(host: str, port: int) -> socket.socket:
     """A port to answer on, taken before a model is loaded for it; 0 takes any that is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise PumiceError(
             f"cannot listen on {host} port {port}: {error.strerror}. Choose another with --port "
             f"(0 takes any that is free) or --host."
         ) from error
+    # Every connection inherits it. asyncio sets it on sockets made for TCP by name alone, and these
+    # are not; without it a piece waits until the one before is acknowledged, 40 ms on most systems.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def run(server: Served, listener: socket.socket) -> None:
