@@ -241,6 +241,22 @@ def test_errors_are_results_and_the_others_go_on(pictures: Path, engine: Engine)
     assert engine.generate([]) == []
 
 
+def test_what_is_far_too_long_is_not_even_tokenised(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it is being tokenised")
+
+    monkeypatch.setattr(engine.processor, "encode_prompt", encode)
+    talk = (*(user("a"), assistant("b")) * 2000, user("c"))
+    texts = ("a" * 1_000_000, "\U0001f642" * 200_000, "what " * 50_000)
+    asked = [Request((user(text),)) for text in texts]
+    for result in engine.generate([*asked, Request(talk)]):
+        assert result.error is not None and "Shorten the text" in result.error
+    with pytest.raises(AssertionError):
+        engine.row(Request((user("what " * 20),)))
+
+
 def test_a_foreign_processor_is_refused(lmm: LMM, processor: Processor) -> None:
     foreign = Processor(processor.tokenizer, processor.image_spec, "vicuna_v1", "", 5)
     with pytest.raises(PumiceError, match=r"5 for the processor and 16 for the model"):

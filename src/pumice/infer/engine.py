@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 # Requests are sorted within windows of so many batches, for neighbours of like length.
 _WINDOW = 16
+# Letters that a position holds at most, for prompts that are not even tokenised. Some tokenizers
+# have tokens of hundreds of blanks, but no prompt is made of these.
+_LETTERS = 32
 _FEATURE_BYTES = 512 * 1024**2
 _PREFIX_BYTES = 1024**3
 KEPT_BYTES = _FEATURE_BYTES + _PREFIX_BYTES
@@ -69,6 +72,8 @@ class Engine:
             Totals(),
             threading.RLock(),
         )
+        longest = max(map(len, processor.tokenizer.get_vocab()))
+        self._most_letters = lmm.language.max_positions * min(longest, _LETTERS)
         self._hashes = ContentHashes()
         self._weights: tuple[tuple[int, int], ...] = ()
         self._decoder: Decoder | None = None
@@ -165,6 +170,7 @@ class Engine:
     def row(self, request: Request) -> Row:
         """A request checked and tokenised, its images unopened; raises PumiceError otherwise."""
         check_sampling(request.sampling)
+        self._check_letters(request)
         encoded = self.processor.encode_prompt(
             request.messages, where=name_of(request), pixels=False
         )
@@ -186,6 +192,17 @@ class Engine:
             answer=answer,
             max_positions=len(prompt) + answer.max_tokens,
         )
+
+    def _check_letters(self, request: Request) -> None:
+        """Refuses what is far too long: to tokenise megabytes takes minutes, and holds up all."""
+        limit, messages = self.lmm.language.max_positions, request.messages
+        letters = sum(len(message.text) for message in messages)
+        if letters > self._most_letters or len(messages) > limit:
+            raise PumiceError(
+                f"{name_of(request)} has {letters} characters in {len(messages)} turns, and the "
+                f"language model reads at most {limit} positions, which hold at most "
+                f"{self._most_letters}. Shorten the text."
+            )
 
     def _answer(self, request: Request, most: int) -> Answer:
         """An answer of at most `most` tokens, or one of the request's choices."""
