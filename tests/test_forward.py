@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import httpx2
@@ -154,6 +157,35 @@ def test_who_leaves_frees_the_endpoint(page: Listening, endpoint: Running, strea
             time.sleep(0.02)
     finally:
         online._scheduler.step = step  # type: ignore[method-assign]
+
+
+def test_an_answer_on_its_way_when_the_page_ends_is_told(
+    endpoint: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    page, online = forwarder(endpoint.url), endpoint.server.online
+    page.uvicorn.config.timeout_graceful_shutdown = 1
+    step = online._scheduler.step
+    online._scheduler.step = lambda: (time.sleep(0.05), step())[1]  # type: ignore[method-assign]
+    asked = {**ASKED, "max_tokens": 200, "temperature": 2.0, "seed": 0}
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            post = partial(page.http.post, "/v1/chat/completions")
+            answers = [pool.submit(post, json={**asked, "stream": way}) for way in (True, False)]
+            while online.counters().running < 2:
+                time.sleep(0.02)
+            page.uvicorn.handle_exit(signal.SIGINT, None)
+            streamed, whole = (answer.result() for answer in answers)
+    finally:
+        online._scheduler.step = step  # type: ignore[method-assign]
+    page.thread.join(20)
+    page.http.close()
+    assert (streamed.status_code, whole.status_code) == (200, 503)
+    assert "the server is stopping" in whole.json()["error"]["message"]
+    assert (
+        "the server is stopping"
+        in json.loads(streamed.text.split("data: ")[-1])["error"]["message"]
+    )
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_an_endpoint_that_is_gone_is_told(run: Run) -> None:

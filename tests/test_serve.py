@@ -540,6 +540,24 @@ def test_a_signal_lets_running_requests_end_and_refuses_new_ones(model: Model) -
     server.http.close()
 
 
+def test_who_still_sends_when_the_server_ends_is_told(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Running(model, Limits(drain_seconds=0.1))
+    server.uvicorn.config.timeout_graceful_shutdown = 1
+    host, port = server.url.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(f"{head}{{".encode())
+        time.sleep(0.2)
+        server.uvicorn.handle_exit(signal.SIGTERM, None)
+        told = b"".join(iter(lambda: client.recv(4096), b""))
+    server.thread.join(20)
+    server.http.close()
+    assert told.startswith(b"HTTP/1.1 503 ") and b"the server is stopping" in told
+    assert "Traceback" not in caplog.text and not any(r.exc_info for r in caplog.records)
+
+
 def test_a_second_signal_breaks_off_what_is_on_its_way(model: Model) -> None:
     server = Running(model, Limits(drain_seconds=60.0))
     step = server.server.online._scheduler.step

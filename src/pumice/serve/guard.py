@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, event
 from pumice.serve.host_names import foreign_host
 from pumice.serve.limits import Limits
 
@@ -53,16 +53,26 @@ class Guard:
             return
         start, path = time.monotonic(), _route(scope)
         # An answer to a fault of ours is sent outside of this.
-        status = 500
+        status, headers = 500, None
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, headers
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, headers = message["status"], dict(message["headers"])
             await send(message)
 
         try:
             await self._answer(scope, receive, sending)
+        except asyncio.CancelledError:
+            # The server is at its end and has waited for this one. To pass it on would be a stack
+            # in the log, and a client cut off without a word.
+            cut = ApiError(503, "the server is stopping; the answer was not finished.")
+            if headers is None:
+                await cut.response()(scope, receive, sending)
+            elif headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+                await send({"type": "http.response.body", "body": event(cut.body()).encode()})
+            else:
+                raise
         finally:
             self._counted(path, status, time.monotonic() - start)
 
