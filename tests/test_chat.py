@@ -60,14 +60,15 @@ def test_a_talk_through_a_pipe(run: Run, scene: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(chat, "_spoken", spoken)
     typed(
         monkeypatch, "first", f"/image {scene}", "/image missing.png", "/imgae x", "/image",
-        "", "/format short", "second", "/format none", "/reset", "third", "/format shrt", "/help",
-        "/exit", "never read",
+        "", "/format short", "/reset all", "/exit 1", "second", "/format none", "/reset", "third",
+        "/format shrt", "/help me", "/help", "/exit", "never read",
     )  # fmt: skip
     code, out, err = run("chat", "pocket", "--image", scene, "--temperature", 0.5)
     assert code == 1  # some of it was wrong, and nobody may be looking
     assert out == "an answer\n" * 3
     for said in ("missing.png", "Did you mean '/image'?", "needs a file", "192 x 192",
-                 "Did you mean 'short'?", "/reset", "cut after 7 tokens"):  # fmt: skip
+                 "Did you mean 'short'?", "/reset", "cut after 7 tokens", "/help takes nothing",
+                 "/reset takes nothing behind it ('all')", "/exit takes nothing"):  # fmt: skip
         assert said in err
     first, second, third = (request.messages for request in asked)
     assert [part.image for part in first[-1].images] == [scene.read_bytes()]

@@ -33,6 +33,7 @@ COMMANDS = {
     "/exit": "leave; so does Ctrl-D",
 }
 NAMES = tuple(command.split()[0] for command in COMMANDS)
+_ALONE = tuple(command for command in COMMANDS if command in NAMES)
 
 
 class Leave(Exception):
@@ -62,6 +63,8 @@ class Talk:
             return
         command, _, rest = line.partition(" ")
         rest = rest.strip()
+        if rest and command in _ALONE:
+            raise PumiceError(f"{command} takes nothing behind it ({rest!r:.80}); type it alone.")
         match command:
             case "/image":
                 if not rest:
