@@ -14,6 +14,7 @@ from pumice.core.errors import DataError
 from pumice.core.types import Message, Request, Sample, Sampling, assistant, user
 from pumice.infer.choices import Guide
 from pumice.infer.engine import Engine
+from pumice.infer.online import Online
 from pumice.infer.requests import read_request
 from pumice.models.constants import IGNORE
 from pumice.processing.processor import Processor
@@ -143,6 +144,35 @@ def test_what_cannot_be_chosen_is_said(engine: Engine) -> None:
         [Request((user("what"),), Sampling(choices=("a", "the"), max_new_tokens=1))]
     )
     assert letter.text in ("a", "the") and letter.new_tokens == 1
+
+
+def test_the_answers_of_one_request_share_what_their_choices_are_read_as(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_for(("cat", "cat in a circle", "a dog"))
+    expected = engine.generate(asked)
+    read, seen = Processor.answer_ids, []
+
+    def counted(self: Processor, *args: object) -> list[list[int]]:
+        seen.append(args)
+        return read(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Processor, "answer_ids", counted)
+    with Online(engine) as online:
+        handles = online.submit_together(asked)
+        assert [handle.result() for handle in handles] == expected and len(seen) == 1
+        assert len({result.text for result in expected}) > 1
+        # Another list is another request's.
+        other = [*asked_for(("red", "blue"))[:1], *asked[:1]]
+        for handle, one in zip(online.submit_together(other), other, strict=True):
+            assert handle.result().text in one.sampling.choices
+    assert len(seen) == 3
+
+
+def asked_for(choices: tuple[str, ...]) -> list[Request]:
+    """The same question with eight seeds."""
+    settings = [Sampling(choices=choices, temperature=5.0, seed=seed) for seed in range(8)]
+    return [Request((user("what"),), one) for one in settings]
 
 
 def test_requests_in_files_and_on_the_command_line(root: Path, run: Run) -> None:

@@ -390,3 +390,14 @@ def test_every_piece_has_the_log_probabilities_of_its_tokens(
 def no_thread_stays() -> Iterator[None]:
     yield
     assert not [t for t in threading.enumerate() if t.name == "pumice-engine"]
+
+
+def test_what_does_not_belong_together_is_told_at_once(folders: SimpleNamespace) -> None:
+    tiling = TilingSpec("hd", tiny.IMAGE_SIZE, max_tiles=4)
+    lmm = tiny.new_lmm(folders.vision, folders.language, tiling=tiling)
+    tokenizer = tiny.processor_for(lmm, folders.language).tokenizer
+    spec = ImageSpec("pad", tiny.IMAGE_SIZE, tiling=tiling)
+    for side in (None, 2):
+        other = Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens, view_side=side)
+        with pytest.raises(PumiceError, match=f"square of tokens are {side} for the processor"):
+            Engine(lmm, other)

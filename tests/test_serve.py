@@ -126,6 +126,28 @@ def test_answers_out_of_a_list(running: Running) -> None:
     assert text in ("one", "two")
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"guided_choice": [" a"]}, "guided_choice", "blanks around it"),
+        ({"structured_outputs": {"choice": [" a"]}}, "structured_outputs.choice", "blanks"),
+        ({"guided_choice": ["a red dog"], "max_tokens": 1}, "max_tokens", "Raise max_tokens, or"),
+        ({"guided_choice": ["a red dog"], "max_completion_tokens": 1}, "max_completion_tokens",
+         "at most 1. Raise max_completion_tokens"),
+        ({"guided_choice": ["red dog " * 99 + "x"]}, "guided_choice", "at most 64. Shorten the ch"),
+        ({"messages": messages(text="why " * 325), "guided_choice": ["red dog " * 30 + "x"]},
+         "guided_choice", "or the messages before"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_choices_is_told_of_their_field(
+    running: Running, body: dict[str, Any], param: str, said: str
+) -> None:
+    answer = running.post(**{"messages": messages(), **body})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param, error
+    assert said in error["message"] and "max_new_tokens" not in error["message"]
+
+
 def test_openai_s_own_client(running: Running) -> None:
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
     assert [entry.id for entry in client.models.list()] == ["pocket"]

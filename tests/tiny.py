@@ -141,7 +141,7 @@ def processor_for(lmm: LMM, language: Path, **image: Any) -> Processor:
     """The processor of such a model; `image` are settings of its ImageSpec."""
     spec = ImageSpec(image.pop("mode", "pad"), IMAGE_SIZE, **image)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
-    return Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens)
+    return Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens, view_side=lmm.view_side)
 
 
 def noise(seed: int, size: tuple[int, int] = (40, 24)) -> PIL.Image.Image:

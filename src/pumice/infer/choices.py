@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 from pumice.core.errors import PumiceError
@@ -17,6 +18,21 @@ _END = -1
 _Node = dict[int, "_Node"]
 
 
+class ChoiceError(PumiceError):
+    """The answer of a request can be none of its choices, or not every one of them."""
+
+
+class LongChoiceError(ChoiceError):
+    """A choice has more tokens than the answer may have: `longest` and `most`."""
+
+    def __init__(self, where: str, longest: int, most: int) -> None:
+        super().__init__(
+            f"{where}: the longest choice has {longest} tokens, and the answer may have at most "
+            f"{most}. Raise max_new_tokens, or shorten the choices."
+        )
+        self.longest, self.most = longest, most
+
+
 class Guide:
     """A walk down the tree of the choices' tokens, one step for each token of the answer.
 
@@ -25,13 +41,22 @@ class Guide:
     """
 
     def __init__(self, choices: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
-        self._node: _Node = {}
+        self._root: _Node = {}
         self._ends = list(ends)
+        self.longest = max(map(len, choices))
+        """The tokens of the longest choice."""
         for ids in choices:
-            node = self._node
+            node = self._root
             for token in ids:
                 node = node.setdefault(token, {})
             node[_END] = {}
+        self._node = self._root
+
+    def again(self) -> Guide:
+        """Another walk down the same tree, from its top; of long lists the tree takes megabytes."""
+        other = copy(self)
+        other._node = self._root
+        return other
 
     @property
     def allowed(self) -> list[int]:
@@ -54,12 +79,12 @@ def choice_ids(
 ) -> list[list[int]]:
     """The tokens of each choice as an answer to these messages.
 
-    Raises PumiceError for a choice that no answer can be: the text of its tokens is another one.
+    Raises ChoiceError for a choice that no answer can be: the text of its tokens is another one.
     """
     known = list(dict.fromkeys(choices))
     for choice in known:
         if not choice or choice != choice.strip():
-            raise PumiceError(
+            raise ChoiceError(
                 f"{where}: the choice {choice!r} is empty or has blanks around it, which no answer "
                 f"has. Give the bare text."
             )
@@ -67,7 +92,7 @@ def choice_ids(
     for choice, ids in zip(known, found, strict=True):
         read = processor.decode(ids).strip()
         if read != choice:
-            raise PumiceError(
+            raise ChoiceError(
                 f"{where}: the model cannot say the choice {choice!r}; its tokens read {read!r}. "
                 f"Write it in letters that the tokenizer keeps."
             )

@@ -17,7 +17,7 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
-from pumice.infer.choices import Guide, choice_ids
+from pumice.infer.choices import Guide, LongChoiceError, choice_ids
 from pumice.infer.decoder import Decoder
 from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown
 from pumice.infer.plain_decoder import best_decoder
@@ -167,8 +167,11 @@ class Engine:
             with scheduler.at_work():
                 yield scheduler
 
-    def row(self, request: Request) -> Row:
-        """A request checked and tokenised, its images unopened; raises PumiceError otherwise."""
+    def row(self, request: Request, like: Row | None = None) -> Row:
+        """A request checked and tokenised, its images unopened; raises PumiceError otherwise.
+
+        The choices of `like`, another row of the same messages, are not tokenised again.
+        """
         check_sampling(request.sampling)
         self._check_letters(request)
         encoded = self.processor.encode_prompt(
@@ -183,7 +186,7 @@ class Engine:
                 f"{limit}, the answer among them. Shorten the text, or give fewer images."
             )
         new_tokens = min(request.sampling.max_new_tokens, limit - len(prompt))
-        answer = self._answer(request, new_tokens)
+        answer = self._answer(request, new_tokens, like)
         return Row(
             request=request,
             prompt=prompt,
@@ -192,6 +195,13 @@ class Engine:
             answer=answer,
             max_positions=len(prompt) + answer.max_tokens,
         )
+
+    def rows_together(self, requests: Sequence[Request]) -> list[Row]:
+        """The rows of requests that may be choices of one: what they share is tokenised once."""
+        rows: list[Row] = []
+        for request in requests:
+            rows.append(self.row(request, rows[-1] if rows else None))
+        return rows
 
     def _check_letters(self, request: Request) -> None:
         """Refuses what is far too long: to tokenise megabytes takes minutes, and holds up all."""
@@ -204,7 +214,7 @@ class Engine:
                 f"{self._most_letters}. Shorten the text."
             )
 
-    def _answer(self, request: Request, most: int) -> Answer:
+    def _answer(self, request: Request, most: int, like: Row | None) -> Answer:
         """An answer of at most `most` tokens, or one of the request's choices."""
         processor, sampling = self.processor, request.sampling
         if not sampling.choices:
@@ -215,15 +225,13 @@ class Engine:
                 max_tokens=most,
             )
         where, ends = name_of(request), processor.closing_token_ids
-        choices = choice_ids(processor, request.messages, sampling.choices, where)
-        longest = max(map(len, choices))
+        guide = _shared_guide(request, like)
+        if guide is None:
+            guide = Guide(choice_ids(processor, request.messages, sampling.choices, where), ends)
+        longest = guide.longest
         if longest > most:
-            raise PumiceError(
-                f"{where}: the longest choice has {longest} tokens, and the answer may have at "
-                f"most {most}. Raise max_new_tokens, or shorten the choices."
-            )
+            raise LongChoiceError(where, longest, most)
         # A choice may hold what would stop a free answer, so nothing but its end stops it.
-        guide = Guide(choices, ends)
         return Answer(processor.decode, end_tokens=ends, stop=(), max_tokens=longest, guide=guide)
 
     def open_images(self, rows: Sequence[Row]) -> dict[Key, Opened]:
@@ -283,11 +291,26 @@ class Engine:
             self._weights = weights
 
 
+def _shared_guide(request: Request, like: Row | None) -> Guide | None:
+    """The guide of a row whose answer is one of the same list after the same messages."""
+    if like is None or like.answer.guide is None:
+        return None
+    same = like.request.sampling.choices == request.sampling.choices
+    return like.answer.guide.again() if same and like.request.messages == request.messages else None
+
+
 def _check_pair(lmm: LMM, processor: Processor) -> None:
+    # Where there are no tiles, nothing asks for the square in which the tokens stand.
+    tiled = processor.image_spec.tiling is not None
     pairs = (
         ("image tokens of a view", processor.image_tokens, lmm.image_tokens),
         ("pixels of a view's side", processor.image_spec.size, lmm.vision.image_size),
         ("tiling", processor.image_spec.tiling, lmm.tiling),
+        (
+            "side of a view's square of tokens",
+            tiled and processor.view_side,
+            tiled and lmm.view_side,
+        ),
         ("instruction read", processor.instruction is not None, lmm.connector.wants_instruction),
     )
     for what, given, wanted in pairs:

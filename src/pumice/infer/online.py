@@ -228,7 +228,7 @@ class Online:
         """
         with self._changed:
             self._check_room()
-        rows = [self._engine.row(request) for request in requests]
+        rows = self._engine.rows_together(requests)
         for row in rows:
             self._check_budget(row)
         opened = self._engine.open_images(rows)

@@ -147,6 +147,11 @@ class ChatRequest(BaseModel):
         given = self.structured_outputs.choice if self.structured_outputs else self.guided_choice
         return tuple(given or ())
 
+    @property
+    def choices_field(self) -> str:
+        """Where the list of choices stands."""
+        return "structured_outputs.choice" if self.structured_outputs else "guided_choice"
+
     def sampling(self, most_tokens: int) -> Sampling:
         """As the engine takes it; without a limit of its own the answer has the server's."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

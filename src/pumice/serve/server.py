@@ -27,6 +27,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.memory import give_back_heap
 from pumice.core.types import Message, Sampling
 from pumice.core.types import Request as Question
+from pumice.infer.choices import ChoiceError, LongChoiceError
 from pumice.infer.model import Model
 from pumice.infer.online import BusyError, Handle, Online
 from pumice.serve.answers import streamed, whole_answers
@@ -205,6 +206,10 @@ class Server:
                 return self.online.submit_together(_choices(messages, sampling, body.n))
         except BusyError as error:
             raise self._no_room(error) from error
+        except LongChoiceError as error:
+            raise _long_choice(error, body, self.limits.max_new_tokens) from error
+        except ChoiceError as error:
+            raise ApiError(400, str(error), param=body.choices_field) from error
         except PumiceError as error:
             raise ApiError(400, str(error), param="messages") from error
 
@@ -280,6 +285,19 @@ def _choices(messages: tuple[Message, ...], sampling: Sampling, count: int) -> l
     return [
         Question(messages, replace(sampling, seed=sampling.seed + index)) for index in range(count)
     ]
+
+
+def _long_choice(error: LongChoiceError, body: ChatRequest, most: int) -> ApiError:
+    """In the API's words; what bounds the answer may be the request, the server or the model."""
+    asked, field = body.max_completion_tokens or body.max_tokens, body.choices_field
+    advice = "Shorten the choices."
+    if asked == error.most < most:
+        field = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        advice = f"Raise {field}, or shorten the choices."
+    elif error.most < (asked or most):
+        advice = "Shorten the choices, or the messages before them."
+    message = f"the longest choice has {error.longest} tokens, and the answer may have at most "
+    return ApiError(400, f"{message}{error.most}. {advice}", param=field)
 
 
 def _busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
