@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tiny
 from eval_files import dump, dump_lines
 from pumice.core.llm_types import ChatRequest, Failure, Reply
 
@@ -68,6 +69,19 @@ def vet_files(root: Path, *, table: str | None = TABLE) -> Path:
     if table is not None:
         code = f'import json\n\nprompt = """{table}"""\n\n\nother = """no prompt"""\n'
         (root / "mm-vet" / "mm-vet_evaluator.py").write_text(code, encoding="utf-8")
+    return root
+
+
+def both_with_images(root: Path) -> Path:
+    """Both benchmarks' files, and their images."""
+    wild_files(vet_files(root))
+    for folder, names in (
+        ("llava-bench-in-the-wild", [f"{n:03d}.jpg" for n in range(1, 4)]),
+        ("mm-vet", [f"v1_{n}.png" for n in range(4)]),
+    ):
+        for number, name in enumerate(names):
+            (root / folder / "images").mkdir(exist_ok=True)
+            tiny.noise(number).save(root / folder / "images" / name)
     return root
 
 

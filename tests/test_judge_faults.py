@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
-import tiny
 from eval_files import Scripted
-from judged_files import ScriptedChat, answers_file, vet_files, wild_files
+from judged_files import (
+    ScriptedChat,
+    answers_file,
+    both_with_images,
+)
 from pumice.core.errors import PumiceError
 from pumice.core.llm_client import Endpoint, LLMClient
 from pumice.core.llm_types import ChatRequest, Prices
@@ -52,15 +55,7 @@ class Answering(Scripted):
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    root = wild_files(vet_files(tmp_path / "data"))
-    for folder, names in (
-        ("llava-bench-in-the-wild", [f"{n:03d}.jpg" for n in range(1, 4)]),
-        ("mm-vet", [f"v1_{n}.png" for n in range(4)]),
-    ):
-        for number, name in enumerate(names):
-            (root / folder / "images").mkdir(exist_ok=True)
-            tiny.noise(number).save(root / folder / "images" / name)
-    return root
+    return both_with_images(tmp_path / "data")
 
 
 @contextmanager

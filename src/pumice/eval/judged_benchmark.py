@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from pumice.core.errors import DataError
+from pumice.core.errors import DataError, some_of
 from pumice.core.llm_types import ChatRequest, Reply
 from pumice.core.progress import progress
 from pumice.core.types import Prediction
@@ -200,11 +200,11 @@ class JudgedBenchmark(Benchmark):
         )
 
     def hash_of(self, item: Item, text: str) -> str:
-        """Names the judge and all that it is shown of this answer."""
+        """Names the judge, all that it is shown of this answer, and how its replies are read."""
         assert self.judge is not None
         judge = self.judge
-        shown = self.messages(item, text)
-        return fingerprint([judge.by, judge.model, judge.runs, self._attempts(), shown])
+        shown, reading = self.messages(item, text), self.chosen["unparsed"]
+        return fingerprint([judge.by, judge.model, judge.runs, self._attempts(), shown, reading])
 
     def consult(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Asks the judge about the answers that lack its verdict."""
@@ -249,12 +249,21 @@ class JudgedBenchmark(Benchmark):
             given = [v for row in rows for v in from_plain(row.prediction.extra.get(VERDICTS, ()))]
             unread = sum(verdict.values is None and verdict.error is None for verdict in given)
             failed = sum(verdict.error is not None for verdict in given)
+            others = Counter(verdict.model for verdict in given if verdict.model)
             runs = [run for run in self._run_scores(rows) if not np.isnan(run)]
             told |= {"runs": self.judge.runs, "verdicts": len(given), "unparsed": unread,
                      "failed": failed, "by_run": [round(run, 2) for run in runs],
                      "spread": round(float(np.std(runs)), 2) if runs else None}  # fmt: skip
             if unread:
                 notes.append(f"{unread} of {len(given)} verdicts cannot be read; {self._fate()}")
+            if others:
+                told["answered_as"] = dict(others.most_common())
+                if told["comparable"] == "published":
+                    told["comparable"] = "same judge"
+                notes.append(
+                    f"{self.judge.model} was asked for, and the endpoint says that "
+                    f"{others.total()} of {len(given)} verdicts are by {some_of(list(others))}"
+                )
         return told, [note for note in notes if note]
 
     def _ask(self, judge: Judge, rows: Sequence[Row]) -> dict[str, list[Verdict]]:
@@ -270,7 +279,7 @@ class JudgedBenchmark(Benchmark):
             with progress(len(requests), f"{self.name}, judging") as bar:
                 replies = while_alive(judge.chat.ask_all(requests), len(requests))
                 for (row, run), reply in zip(waiting, replies, strict=True):
-                    verdict = self._verdict(reply)
+                    verdict = self._verdict(judge, reply)
                     found[row.item.id][run] = verdict
                     if verdict.values is None and verdict.error is None:
                         unread.append((row, run))
@@ -294,11 +303,13 @@ class JudgedBenchmark(Benchmark):
             draw=run,
         )
 
-    def _verdict(self, reply: Reply) -> Verdict:
+    def _verdict(self, judge: Judge, reply: Reply) -> Verdict:
         if not arrived(reply):
             assert reply.failure is not None
             return Verdict(error=f"{reply.failure.kind}: {reply.failure.reason}")
-        return Verdict(reply.text, self.read(reply.text, cut=reply.finish_reason == "length"))
+        values = self.read(reply.text, cut=reply.finish_reason == "length")
+        other = reply.model if reply.model != judge.model else ""
+        return Verdict(reply.text, values, model=other)
 
     def _counted(self, verdict: Verdict) -> Values | None:
         if verdict.values is None and self.chosen["unparsed"] == "official":

@@ -119,23 +119,25 @@ def make_scores(
     if benchmark.missing_is_wrong:
         scored += _unanswered(items, rows)
     withheld |= not allow_errors and bool(errors or lacking or flawed or illegible)
+    metrics, undefined = (None, []) if withheld else _measured(benchmark, scored)
+    reasons[:0] = undefined
     if not benchmark.judged:
-        withheld = True
+        metrics = None
         reasons.append(
             "the truths of this split are with the evaluation server, so nothing is scored here; "
             "write the file it takes with `pumice submit`"
         )
     return Scores(
         benchmark=benchmark.name,
-        metrics=None if withheld else evaluate(benchmark, scored),
+        metrics=metrics,
         n=len(items),
         unparsed=sum(row.prediction.parsed is None for row in answered),
         missing=missing,
         errors=errors,
-        interval={} if withheld else bootstrap(benchmark, scored),
+        interval={} if metrics is None else bootstrap(benchmark, scored),
         protocol=protocol,
         base_rate=base_rate(benchmark, items) if finished else {},
-        by_category={} if withheld else by_category(benchmark, scored),
+        by_category={} if metrics is None else by_category(benchmark, scored),
         notes=tuple(reasons),
         judged=benchmark.judged,
         judge=judge,
@@ -223,6 +225,19 @@ def _unanswered(items: Sequence[Item], rows: Sequence[Row]) -> list[Row]:
         for item in items
         if item.id not in seen
     ]
+
+
+def _measured(benchmark: Benchmark, rows: Sequence[Row]) -> tuple[Metrics | None, list[str]]:
+    """The metrics, None where there is not one; and a note where the headline is not among them.
+
+    It then is a mean of nothing, or a judge's "nan" is in it.
+    """
+    metrics = evaluate(benchmark, rows)
+    if benchmark.headline in metrics:
+        return metrics, []
+    end = "it is not among the metrics" if metrics else _WITHHELD
+    told = f"{benchmark.headline.replace('_', ' ')} is not defined for these answers; {end}"
+    return metrics or None, [told]
 
 
 def _illegible(scored: int, answered: int, allow_errors: bool) -> list[str]:

@@ -17,12 +17,13 @@ class Verdict:
     """One reply of a judge on one answer.
 
     `values` are the numbers in it, None when its form cannot be read; `error` says why there is no
-    reply at all.
+    reply at all. `model` is the endpoint's name for who replied, where another was asked for.
     """
 
     content: str = ""
     values: Values | None = None
     error: str | None = None
+    model: str = ""
 
 
 def verdicts_in(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,13 +33,21 @@ def verdicts_in(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_plain(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """Verdicts as JSON values."""
-    return [asdict(verdict) for verdict in verdicts]
+    plain = [asdict(verdict) for verdict in verdicts]
+    return [
+        {name: value for name, value in row.items() if name != "model" or value} for row in plain
+    ]
 
 
 def from_plain(rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """What `as_plain` gave, also after a way through a file."""
     return [
-        Verdict(row["content"], row["values"] and tuple(row["values"]), row["error"])
+        Verdict(
+            row["content"],
+            row["values"] and tuple(row["values"]),
+            row["error"],
+            row.get("model", ""),
+        )
         for row in rows
     ]
 
