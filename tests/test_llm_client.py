@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import PIL.Image
 import pytest
 
@@ -89,6 +90,17 @@ def test_what_does_not_pass_is_a_failure_with_its_reason(fault: str, kind: str) 
         reply = client.ask(request())
     assert reply.failure is not None and reply.failure.kind == kind
     assert reply.failure.reason and not reply.text and reply.attempts == 2
+
+
+def test_a_reply_that_is_nested_without_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    answer = httpx2.Response(200, text=deep)
+    monkeypatch.setattr(httpx2.Client, "post", lambda *_, **__: answer)
+    monkeypatch.setattr(httpx2.Client, "get", lambda *_, **__: answer)
+    with LLMClient(endpoint("http://127.0.0.1:1/v1", attempts=1)) as client:
+        failure = client.ask(request()).failure
+        assert failure is not None and failure.kind == "bad_reply" and "[[[" in failure.reason
+        assert client.models() == []
 
 
 def test_a_refused_request_is_not_asked_again() -> None:

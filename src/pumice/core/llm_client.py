@@ -183,7 +183,7 @@ class LLMClient:
             )
         try:
             return [str(entry["id"]) for entry in answer.json()["data"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def ask(self, request: ChatRequest) -> Reply:
@@ -322,7 +322,7 @@ def _reply(answer: httpx2.Response, key: str, prices: Prices | None) -> Reply | 
         text = choice["message"].get("content")
         usage = content.get("usage") or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(text, str | None):
         return None
@@ -379,6 +379,6 @@ def _excerpt(answer: httpx2.Response) -> str:
         content = answer.json()
         error = content.get("error") if isinstance(content, dict) else None
         text = (error.get("message") if isinstance(error, dict) else error) or text
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return str(text)[:300] or "no text"
