@@ -253,6 +253,22 @@ def test_ids_are_texts_or_whole_numbers(name: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"qid": 1, "out": "B"}, "row 1: an answer needs an id"),
+        ([1, "B"], "line 1: a row must be a JSON object .* given list"),
+    ],
+)
+def test_rows_without_an_id_are_not_called_broken_json(
+    row: object, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 2)
+    with pytest.raises(DataError, match=told):
+        rescore(BENCHMARKS["vqav2"], vqa_files(tmp_path), path)
+
+
+@pytest.mark.parametrize(
     "content", [{"correct": [1], "incorrect": []}, {"outputs": 3}, {"outputs": [1]}]
 )
 def test_results_of_another_form_are_named(content: object, tmp_path: Path) -> None:

@@ -77,16 +77,20 @@ def _document(path: Path) -> Any:
         first = file.readline().lstrip(b"\xef\xbb\xbf").strip()
         while not first and (line := file.readline()):
             first = line.strip()
-    if not first.startswith(b"{"):
-        return read_json(path) if first else None
+        alone = not any(line.strip() for line in file)
+    if not first:
+        return None
+    if alone and not first.startswith(b"{"):
+        return read_json(path)
     try:
         row = parse_json(first, file=path, line=1)
     except DataError:
-        # An object over several lines, or a JSONL file whose first row is broken; a JSONL row
+        # A document over several lines, or a JSONL file whose first row is broken; a JSONL row
         # would name an id at once.
         is_row = any(f'"{name}"'.encode() in first for name in ID_NAMES)
         return None if is_row else read_json(path)
-    return None if any(name in row for name in ID_NAMES) else read_json(path)
+    # What follows a whole value is further rows, whatever they call their ids.
+    return read_json(path) if alone and not any(name in row for name in ID_NAMES) else None
 
 
 def _answer(row: object, where: str) -> Answer:
