@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 
 from eval_files import answers_to, dump_lines
 from pumice.core.errors import DataError
+from pumice.core.types import Request, Result
 from pumice.eval.benchmark import Item
 from pumice.eval.benchmarks import BENCHMARKS
-from pumice.eval.runner import rescore, take_evenly
+from pumice.eval.runner import rescore, run_benchmark, take_evenly
 from pumice.eval.video_frames import middle_index, save_middle_frame
 from pumice.world import benchmarks_choice
 from pumice.world.benchmarks_choice import FPS, NONE_RIGHT, SHOT, TURN
@@ -157,6 +159,34 @@ def test_a_broken_video_is_its_items_error_and_no_other(
     assert sum(item.image is not None and item.image.is_file() for item in items) == 16
     with pytest.raises(DataError, match="cannot be read"):
         seed.prepare([item for item in items if item.extra["video"][0].name == "1.mp4"][1:2])
+
+    def answer(requests: Sequence[Request], _: object) -> list[Result]:
+        return [Result(id=request.id, text="A") for request in requests]
+
+    scores = run_benchmark(answer, seed, tmp_path / "world", tmp_path / "out")
+    assert scores.metrics is None and scores.errors == 2
+    # What is wrong with the video, and not that its frame is not in the cache.
+    assert "1.mp4: this video cannot be read" in scores.notes[0]
+
+
+@pytest.mark.parametrize("segment", [None, 5, ["a", "b"], [1.0]])
+def test_a_segment_that_is_none_is_its_items_error(
+    segment: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    make_world(tmp_path, images=1, eval_images=4)
+    file = tmp_path / "seed_bench" / "SEED-Bench.json"
+    content = json.loads(file.read_text())
+    cut = [row for row in content["questions"] if row["question_type_id"] == 11]
+    cut[0]["segment"] = segment
+    file.write_text(json.dumps(content))
+    seed = BENCHMARKS["seed_bench"].with_options({"part": "video"})
+    with caplog.at_level(logging.WARNING):
+        seed.prepare(seed.load(tmp_path))
+    assert "two numbers, a start and an end, are needed" in caplog.text
 
 
 def test_frames_of_another_file_of_the_same_name_are_not_taken(

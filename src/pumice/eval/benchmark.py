@@ -27,6 +27,8 @@ PROMPTS = ("short", "none", "qa")
 
 The others are for models that were trained on them.
 """
+BROKEN = "broken"
+"""The key in an item's `extra` that says why it has no image, so that it is not asked."""
 UNJUDGED = "unjudged"
 """The key in a prediction's `extra` that says why an answer still lacks its judge's verdict."""
 

@@ -14,7 +14,7 @@ from pumice.core.files import JsonlWriter, read_json, write_json
 from pumice.core.log import get_logger
 from pumice.core.progress import progress
 from pumice.core.types import Request, Result, Sampling, user
-from pumice.eval.benchmark import Benchmark, Item, Matching, Row
+from pumice.eval.benchmark import BROKEN, Benchmark, Item, Matching, Row
 from pumice.eval.controls import CONTROLS
 from pumice.eval.locate import check_data_dir, load_items
 from pumice.eval.matching import flagged, match_file
@@ -262,8 +262,13 @@ def _ask(
             writer.write(row.prediction.to_dict())
             bar.update(1)
 
-        for start in range(0, len(items), CALL_SIZE):
-            part = items[start : start + CALL_SIZE]
+        for item in items:
+            # A control may show it another image, which is whole.
+            if BROKEN in item.extra and not (item.image and item.image.is_file()):
+                keep(Result(id=item.id, error=item.extra[BROKEN]))
+        whole = [item for item in items if item.id not in rows]
+        for start in range(0, len(whole), CALL_SIZE):
+            part = whole[start : start + CALL_SIZE]
             for result in answer([_request(files.benchmark, item) for item in part], keep):
                 keep(result)
 

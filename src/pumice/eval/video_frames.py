@@ -43,10 +43,10 @@ def frame_file(video: Path, name: str) -> Path:
 
 def save_middle_frame(video: Path, span: Span, segment: Sequence[float], out: Path) -> None:
     """Writes that frame as a PNG file."""
-    if span != "whole" and len(segment) != 2:
+    if span != "whole" and not _has_ends(segment):
         raise DataError(
-            f"{video}: the question's segment is {list(segment)}; a start and an end are needed. "
-            f"Take the official SEED-Bench.json."
+            f"{video}: the question's segment is {segment!r:.80}; two numbers, a start and an end, "
+            f"are needed. Take the official SEED-Bench.json."
         )
     if not video.is_file():
         raise DataError(
@@ -71,6 +71,11 @@ def save_middle_frame(video: Path, span: Span, segment: Sequence[float], out: Pa
     except (av.FFmpegError, IndexError) as error:
         raise DataError(f"{video}: this video cannot be read ({error}). Get it again.") from error
     raise DataError(f"{video}: it has no frame {wanted}, only {frames}. Get it again.")
+
+
+def _has_ends(segment: object) -> bool:
+    pair = segment if isinstance(segment, Sequence) and len(segment) == 2 else [None]
+    return all(isinstance(end, int | float) and not isinstance(end, bool) for end in pair)
 
 
 def _pyav() -> Any:

@@ -16,7 +16,17 @@ from typing import Any
 from pumice.core.errors import DataError
 from pumice.core.files import read_json
 from pumice.core.log import get_logger
-from pumice.eval.benchmark import Answer, Benchmark, Floats, Item, Matching, Row, Sums, percent
+from pumice.eval.benchmark import (
+    BROKEN,
+    Answer,
+    Benchmark,
+    Floats,
+    Item,
+    Matching,
+    Row,
+    Sums,
+    percent,
+)
 from pumice.eval.locate import ImageFinder, find_file, require
 from pumice.eval.video_frames import Span, frame_file, save_middle_frame
 from pumice.processing.response_formats import LETTER, with_format
@@ -107,6 +117,7 @@ class SeedBench(Benchmark):
                 if not item.image.is_file():
                     save_middle_frame(video, span, segment, item.image)
             except DataError as error:
+                item.extra[BROKEN] = str(error)
                 failures.append(error)
         if failures and len(failures) == len(videos):
             raise failures[0]
