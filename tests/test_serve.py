@@ -28,6 +28,7 @@ from pumice.infer.model import Model, load
 from pumice.infer.online import Counters
 from pumice.models.tiling import TilingSpec
 from pumice.serve import host_names, remote_images
+from pumice.serve import pictures as pictures_module
 from pumice.serve import server as server_module
 from pumice.serve.limits import Limits
 from pumice.serve.run import listen
@@ -728,6 +729,84 @@ def test_slow_hosts_hold_up_nobody_else(model: Model, hanging: list[str]) -> Non
             error = one.result().json()["error"]
             assert one.result().status_code == 400 and "too long to look up" in error["message"]
     finally:
+        server.stop()
+
+
+def test_the_images_of_a_request_are_fetched_at_the_same_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(4)
+
+    def fetch(url: str, *more: Any, **options: Any) -> bytes:
+        together.wait(10)
+        return picture(int(url[-1]))
+
+    monkeypatch.setattr(pictures_module, "fetch_image", fetch)
+    server = Running(model, Limits(image_hosts=frozenset({"a.test"}), drain_seconds=1.0))
+    try:
+        urls = [f"http://a.test/{number}" for number in range(4)]
+        fetched = server.post(messages=messages(*urls), max_tokens=4).json()
+        sent = [uri(picture(number)) for number in range(4)]
+        wanted = server.post(messages=messages(*sent), max_tokens=4).json()
+        assert fetched["choices"] == wanted["choices"]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_in_which_images_are_fetched_counts(
+    model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    over, given = threading.Event(), []
+
+    def fetch(url: str, *more: Any, seconds: float, **options: Any) -> bytes:
+        given.append(seconds)
+        over.wait(10)
+        return picture()
+
+    monkeypatch.setattr(pictures_module, "fetch_image", fetch)
+    limits = Limits(image_hosts=frozenset({"a.test"}), seconds=0.5, drain_seconds=1.0)
+    server = Running(model, limits)
+    try:
+        urls = [f"http://a.test/{number}" for number in range(9)]
+        late = server.post(messages=messages(*urls), stream=stream)
+        assert late.status_code == 504 and "0.5 seconds" in late.json()["error"]["message"]
+        # Not even begun, for the thread that fetches knows as well.
+        over.set()
+        assert max(given) <= 0.5 and len(given) < 9
+        assert server.post(messages=messages(), max_tokens=1).status_code == 200
+    finally:
+        over.set()
+        server.stop()
+
+
+def test_what_is_queued_when_nobody_waits_any_more_is_cancelled(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Running(model, Limits(seconds=0.4, drain_seconds=1.0))
+    online, go_on = server.server.online, threading.Event()
+    submit, queued = online.submit_together, []
+
+    def late(requests: Any) -> Any:
+        go_on.wait(10)
+        queued.extend(submit(requests))
+        return queued
+
+    monkeypatch.setattr(online, "submit_together", late)
+    try:
+        assert server.post(messages=messages(text="Describe"), n=3).status_code == 504
+        with suppress(httpx2.TimeoutException):  # of one who leaves nothing goes on either
+            server.http.post("/v1/chat/completions", json={"messages": messages()}, timeout=0.1)
+        # Held at the step, so that none of them could be done before it is cancelled.
+        step = online._scheduler.step
+        monkeypatch.setattr(online._scheduler, "step", lambda: (time.sleep(0.1), step())[1])
+        go_on.set()
+        while len(queued) < 4:
+            time.sleep(0.01)
+        ends = [handle.result(10).finish_reason for handle in queued]
+        assert ends == ["cancelled"] * 4
+    finally:
+        go_on.set()
         server.stop()
 
 

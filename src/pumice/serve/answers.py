@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from fastapi import Request
@@ -12,22 +12,41 @@ from pumice.core.errors import PumiceError
 from pumice.core.types import Result
 from pumice.infer.online import Handle, Piece
 from pumice.serve.errors import ApiError, event
-from pumice.serve.leaving import while_there
+from pumice.serve.leaving import Wanted, while_there
 from pumice.serve.replies import Reply, logprobs
 
 # An event tells that a result is there a moment before the result can be read.
 _MOMENT = 10.0
 
 
-async def whole_answers(handles: list[Handle], request: Request, seconds: float) -> list[Result]:
-    """The results of all choices; whatever happens, no request goes on afterwards."""
+async def queued(
+    submit: Callable[[], Awaitable[list[Handle]]], request: Request, wanted: Wanted
+) -> list[Handle]:
+    """The handles of a request that a thread reads and queues.
+
+    Raises TimeoutError or ClientGone where that takes longer than anybody waits; what the thread
+    queues afterwards is cancelled.
+    """
+    task = asyncio.ensure_future(submit())
+    try:
+        async with asyncio.timeout_at(wanted.until):
+            return await while_there(task, request)
+    finally:
+        if not task.done():
+            wanted.gone = True
+            task.add_done_callback(_let_go)
+
+
+async def whole_answers(handles: list[Handle], request: Request, wanted: Wanted) -> list[Result]:
+    """The results of all choices; whatever happens, no request goes on afterwards.
+
+    Raises TimeoutError when they take too long, and ClientGone when nobody waits for them.
+    """
     task = asyncio.create_task(_all_finished(handles))
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout_at(wanted.until):
             results = await while_there(task, request)
         return [_sound(result) for result in results]
-    except TimeoutError as error:
-        raise too_slow(seconds) from error
     finally:
         _cancel(handles)
         task.cancel()
@@ -37,12 +56,16 @@ async def streamed(
     handles: list[Handle],
     reply: Reply,
     *,
+    wanted: Wanted,
     seconds: float,
     with_usage: bool,
     first_piece: Callable[[], None],
     ended: Callable[[], None],
 ) -> AsyncIterator[str]:
-    """Server-sent events of all choices; an error is an event, after which nothing comes."""
+    """Server-sent events of all choices; an error is an event, after which nothing comes.
+
+    `seconds` is what is told of an answer that takes too long.
+    """
     events: asyncio.Queue[tuple[int, Piece | Result]] = asyncio.Queue()
 
     async def listen(index: int, handle: Handle) -> None:
@@ -53,13 +76,11 @@ async def streamed(
 
     tasks = [asyncio.create_task(listen(index, handle)) for index, handle in enumerate(handles)]
     results: dict[int, Result] = {}
-    deadline = asyncio.get_running_loop().time() + seconds
     try:
         for index in range(len(handles)):
             yield event(reply.chunk(index, {"role": "assistant", "content": ""}))
         while len(results) < len(handles):
-            left = deadline - asyncio.get_running_loop().time()
-            index, told = await asyncio.wait_for(events.get(), max(0.0, left))
+            index, told = await asyncio.wait_for(events.get(), wanted.left)
             first_piece()
             if isinstance(told, Piece):
                 delta = {"content": told.text}
@@ -110,6 +131,12 @@ def _sound(result: Result) -> Result:
     if result.finish_reason == "cancelled":
         raise ApiError(503, "the server is stopping; the answer was not finished.")
     return result
+
+
+def _let_go(task: asyncio.Future[list[Handle]]) -> None:
+    """Cancels what was queued for nobody."""
+    if not task.cancelled() and task.exception() is None:
+        _cancel(task.result())
 
 
 def _cancel(handles: list[Handle]) -> None:

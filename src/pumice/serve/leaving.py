@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request
@@ -18,6 +20,27 @@ T = TypeVar("T")
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was ready."""
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Until when an answer is wanted; threads that work for it look here, for nothing ends them."""
+
+    until: float
+    """In time.monotonic's seconds, which are the event loop's, too."""
+    gone: bool = False
+    """Nobody waits any more, though there is time."""
+
+    @property
+    def left(self) -> float:
+        """Seconds; none where nobody waits any more."""
+        return 0.0 if self.gone else max(0.0, self.until - time.monotonic())
+
+
+def still(wanted: Wanted) -> None:
+    """Raises TimeoutError where nobody waits for the answer any more."""
+    if not wanted.left:
+        raise TimeoutError("nobody waits for the answer any more")
 
 
 async def while_there(task: asyncio.Future[T], request: Request) -> T:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from pumice.core.errors import DataError
 from pumice.core.images import image_header
 from pumice.core.types import Message
 from pumice.infer.requests import chat_messages
+from pumice.serve.leaving import Wanted, still
 from pumice.serve.limits import Limits
 from pumice.serve.messages import ChatMessage, ImagePart, ImageUrl
 from pumice.serve.remote_images import fetch_image
+
+# Web images of one request that are fetched at the same time.
+_AT_ONCE = 4
 
 
 class Read(NamedTuple):
@@ -21,10 +26,13 @@ class Read(NamedTuple):
     pixels: int
 
 
-def read_messages(messages: list[ChatMessage], limits: Limits, *, tiled: bool) -> Read:
+def read_messages(
+    messages: list[ChatMessage], limits: Limits, wanted: Wanted, *, tiled: bool
+) -> Read:
     """OpenAI chat messages -> ours; DataError for what is wrong in them or over a limit.
 
     `tiled` says whether the model sees images in tiles, so that `detail: low` would be another.
+    Raises TimeoutError when the time in which the answer is wanted is over.
 
     May fetch images (from allowed hosts), so it is not for the event loop.
     """
@@ -45,7 +53,8 @@ def read_messages(messages: list[ChatMessage], limits: Limits, *, tiled: bool) -
                 "an image has detail 'low'; this model was trained on tiles and is shown all of "
                 "them. Leave detail out, or shrink the image: fewer tiles are cut from it."
             )
-        _fetch(image, limits)
+    _fetch([image for image in images if _is_web(image.url)], limits, wanted)
+    still(wanted)
     read = chat_messages([_row(message) for message in messages], images_dir=None)
     _check_texts(read)
     pixels = 0
@@ -70,20 +79,31 @@ def _row(message: ChatMessage) -> dict[str, Any]:
     return {**message.model_dump(), "role": role}
 
 
-def _fetch(image: ImageUrl, limits: Limits) -> None:
-    """Puts the bytes of a web address into its place, as a data URI."""
-    url = image.url
-    if not _is_web(url):
+def _fetch(images: list[ImageUrl], limits: Limits, wanted: Wanted) -> None:
+    """Puts the bytes of web addresses into their places, as data URIs; some are fetched at once."""
+    if not images:
         return
     if not limits.image_hosts:
         raise DataError(
-            f"the image {url[:80]!r} is a web address, and this server fetches none; send it as a "
-            f"data URI (data:image/png;base64,...)."
+            f"the image {images[0].url[:80]!r} is a web address, and this server fetches none; "
+            f"send it as a data URI (data:image/png;base64,...)."
         )
-    data = fetch_image(
-        url, limits.image_hosts, max_bytes=limits.max_image_bytes, seconds=limits.fetch_seconds
-    )
-    image.url = "data:;base64," + base64.b64encode(data).decode()
+
+    def fetched(image: ImageUrl) -> bytes:
+        still(wanted)
+        seconds = min(limits.fetch_seconds, wanted.left)
+        return fetch_image(
+            image.url, limits.image_hosts, max_bytes=limits.max_image_bytes, seconds=seconds
+        )
+
+    try:
+        with ThreadPoolExecutor(_AT_ONCE, "fetch") as pool:
+            found = list(pool.map(fetched, images))
+    except DataError:
+        still(wanted)  # otherwise it was not the image that took too long
+        raise
+    for image, data in zip(images, found, strict=True):
+        image.url = "data:;base64," + base64.b64encode(data).decode()
 
 
 def _is_web(url: str) -> bool:

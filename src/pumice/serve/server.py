@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ from pumice.core.types import Request as Question
 from pumice.infer.choices import ChoiceError, LongChoiceError
 from pumice.infer.model import Model
 from pumice.infer.online import BusyError, Handle, Online
-from pumice.serve.answers import streamed, whole_answers
+from pumice.serve.answers import queued, streamed, too_slow, whole_answers
 from pumice.serve.errors import (
     RETRY_AFTER,
     ApiError,
@@ -38,7 +39,7 @@ from pumice.serve.errors import (
     answer_errors,
 )
 from pumice.serve.guard import Guard
-from pumice.serve.leaving import CLIENT_GONE, ClientGone
+from pumice.serve.leaving import CLIENT_GONE, ClientGone, Wanted, still
 from pumice.serve.limits import Limits
 from pumice.serve.metrics import Metrics
 from pumice.serve.page import add_page, settings
@@ -105,18 +106,22 @@ class Server:
             raise ApiError(503, "the server is stopping and takes no more requests.")
         self._check_model(body.model)
         start = time.monotonic()
-        waits = fetches(body.messages, self.limits)
-        limiter = self._fetchers if waits else self._readers
-        handles = await run_sync(self._submit, body, limiter=limiter)
+        wanted = Wanted(start + self.limits.seconds)
+        limiter = self._fetchers if fetches(body.messages, self.limits) else self._readers
         reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.name)
-        if not body.stream:
-            try:
-                results = await whole_answers(handles, request, self.limits.seconds)
-            except ClientGone:
-                return Response(status_code=CLIENT_GONE)
-            finally:
-                self._answers.append((start, time.monotonic()))
-            return JSONResponse(reply.whole(results))
+        try:
+            submit = partial(run_sync, self._submit, body, wanted, limiter=limiter)
+            handles = await queued(submit, request, wanted)
+            if not body.stream:
+                try:
+                    results = await whole_answers(handles, request, wanted)
+                finally:
+                    self._answers.append((start, time.monotonic()))
+                return JSONResponse(reply.whole(results))
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
+        except TimeoutError as error:
+            raise too_slow(self.limits.seconds) from error
         told = False
 
         def first_piece() -> None:
@@ -128,6 +133,7 @@ class Server:
         events = streamed(
             handles,
             reply,
+            wanted=wanted,
             seconds=self.limits.seconds,
             with_usage=bool(body.stream_options and body.stream_options.include_usage),
             first_piece=first_piece,
@@ -189,11 +195,11 @@ class Server:
             "plan": None if plan is None else plan.to_dict(),
         }
 
-    def _submit(self, body: ChatRequest) -> list[Handle]:
+    def _submit(self, body: ChatRequest, wanted: Wanted) -> list[Handle]:
         """Checks and queues every choice, or none of them."""
         try:
             tiled = self.model.processor.image_spec.tiling is not None
-            messages, pixels = read_messages(body.messages, self.limits, tiled=tiled)
+            messages, pixels = read_messages(body.messages, self.limits, wanted, tiled=tiled)
             sampling = body.sampling(self.limits.max_new_tokens)
             if sampling.max_new_tokens > self.limits.max_new_tokens:
                 raise ApiError(
@@ -203,6 +209,7 @@ class Server:
                     param="max_tokens",
                 )
             with self._large if pixels > self.limits.large_pixels else nullcontext():
+                still(wanted)
                 return self.online.submit_together(_choices(messages, sampling, body.n))
         except BusyError as error:
             raise self._no_room(error) from error
