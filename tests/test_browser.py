@@ -75,8 +75,19 @@ def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(browser, "MOST_IMAGE_BYTES", 1)
     page = browser.browse([(VQA, folder, scores)])
     assert len(page.rows) == 5 and len(page.images) == 1
-    assert page.counts().startswith("5 of 12 predictions, drawn evenly, with 1 of their ")
-    assert page.counts() in page.section()
+    told = "5 of 12 predictions, drawn evenly after the errors, with 1 of their "
+    assert page.counts().startswith(told) and page.counts() in page.section()
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_errors_are_not_lost_among_many(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, scores = evaluated(tmp_path)
+    monkeypatch.setattr(browser, "MOST_PREDICTIONS", most)
+    rows = browser.browse([(VQA, folder, scores)]).rows
+    assert len(rows) == most and [row["verdict"] for row in rows].count("error") == 1
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
 
 
 def test_what_a_small_run_leaves_free_goes_to_a_larger(

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -48,8 +48,8 @@ class Browser:
         asked = [item for item in items if item.id in rows]
         self.total += len(asked)
         budget = self._image_bytes + (MOST_IMAGE_BYTES - self._image_bytes) // parts
-        most = (MOST_PREDICTIONS - len(self.rows)) // parts
-        for item in take_evenly(asked, max(1, most)):
+        most = max(1, (MOST_PREDICTIONS - len(self.rows)) // parts)
+        for item in _drawn(asked, rows, most):
             self._add(benchmark, item, rows[item.id], budget)
 
     def _add(self, benchmark: Benchmark, item: Item, row: Row, budget: int) -> None:
@@ -84,10 +84,11 @@ class Browser:
 
     def counts(self) -> str:
         """How much of the whole is on the page, in a sentence."""
+        errors = " after the errors" if any(row["error"] for row in self.rows) else ""
         shown = (
             f"All {self.total:,} predictions"
             if len(self.rows) == self.total
-            else f"{len(self.rows):,} of {self.total:,} predictions, drawn evenly"
+            else f"{len(self.rows):,} of {self.total:,} predictions, drawn evenly{errors}"
         )
         pictures = sum(1 for path in self._places if path is not None)
         images = f"{len(self.images):,} of their {pictures:,} images"
@@ -129,6 +130,20 @@ def browse(runs: Sequence[tuple[Benchmark, Path, Scores]]) -> Browser:
     places = {benchmark.title: place for place, (benchmark, _, _) in enumerate(runs)}
     browser.rows.sort(key=lambda row: places[row["bench"]])
     return browser
+
+
+def _drawn(items: list[Item], rows: Mapping[str, Row], most: int) -> list[Item]:
+    """As many of the items, spread evenly, in their order; before others those without a score.
+
+    A few errors withhold the score, so they must be among thousands of predictions.
+    """
+    faulty = [item for item in items if rows[item.id].fault is not None]
+    drawn = take_evenly(faulty, most)
+    if most > len(drawn):
+        sound = [item for item in items if rows[item.id].fault is None]
+        drawn = drawn + take_evenly(sound, most - len(drawn))
+    names = {item.id for item in drawn}
+    return [item for item in items if item.id in names]
 
 
 def _script() -> str:
