@@ -54,6 +54,16 @@ def test_vqav2_takes_every_test_id_and_missing_ones_only_when_told(tmp_path: Pat
     ]
 
 
+def test_answers_of_which_nothing_is_left_are_counted_as_empty(tmp_path: Path) -> None:
+    vqav2 = choose_benchmark("vqav2", server=True)
+    rows = [
+        {"question_id": 262144000 + n, "text": text} for n, text in enumerate(("The", "", "Yes"))
+    ]
+    answers = dump_lines(vqa_test_files(tmp_path) / "answers.jsonl", rows)
+    done = write_submission(vqav2, tmp_path, answers, tmp_path / "upload.json")
+    assert (done.rows, done.empty) == (3, 2)
+
+
 def test_vizwiz_names_images_in_the_files_order(tmp_path: Path) -> None:
     vizwiz = choose_benchmark("vizwiz", server=True)
     said = ["Unanswerable", "A Can.", "One"]

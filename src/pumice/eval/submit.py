@@ -26,11 +26,15 @@ Told = tuple[Item, str]
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """How a server takes answers. `options` are its split's, under what a user chooses."""
+    """How a server takes answers. `options` are its split's, under what a user chooses.
+
+    An answer is written as `normalise` makes it.
+    """
 
     suffix: str
     write: Callable[[Path, Sequence[Told]], None]
     options: dict[str, str] = field(default_factory=dict)
+    normalise: Callable[[str], str] = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +83,26 @@ def write_submission(
             + "".join(f"{note}. " for note in matching.notes)
             + "Answer them all, or write empty answers for them with --empty-missing."
         )
-    server.write(out, [(item, texts.get(item.id, "")) for item in items])
-    return Submission(out, len(items), len(missing), matching.notes)
+    answered = [(item, server.normalise(texts.get(item.id, ""))) for item in items]
+    server.write(out, answered)
+    empty = sum(not text.strip() for _, text in answered)
+    return Submission(out, len(items), empty, matching.notes)
 
 
 def _vqav2(out: Path, told: Sequence[Told]) -> None:
-    _write_json(
-        out,
-        [{"question_id": int(item.id), "answer": normalise_m4c(text)} for item, text in told],
-    )
+    _write_json(out, [{"question_id": int(item.id), "answer": text} for item, text in told])
 
 
 def _vizwiz(out: Path, told: Sequence[Told]) -> None:
-    _write_json(
-        out, [{"image": item.extra["image"], "answer": normalise_m4c(text)} for item, text in told]
-    )
+    _write_json(out, [{"image": item.extra["image"], "answer": text} for item, text in told])
 
 
 def _gqa(out: Path, told: Sequence[Told]) -> None:
-    rows = [{"questionId": item.id, "prediction": text.rstrip(".").lower()} for item, text in told]
-    _write_json(out, rows)
+    _write_json(out, [{"questionId": item.id, "prediction": text} for item, text in told])
+
+
+def _gqas(text: str) -> str:
+    return text.rstrip(".").lower()
 
 
 def _mmvet(out: Path, told: Sequence[Told]) -> None:
@@ -130,11 +134,11 @@ def _cells(told: Sequence[Told]) -> set[str]:
 SERVERS: Registry[Server] = Registry(
     "benchmark with a server",
     {
-        "vqav2": Server(".json", _vqav2, {"split": "test2015"}),
-        "vizwiz": Server(".json", _vizwiz, {"split": "test"}),
+        "vqav2": Server(".json", _vqav2, {"split": "test2015"}, normalise_m4c),
+        "vizwiz": Server(".json", _vizwiz, {"split": "test"}, normalise_m4c),
         "mmbench": Server(".xlsx", _mmbench),
         "mmbench_cn": Server(".xlsx", _mmbench),
-        "gqa": Server(".json", _gqa),
+        "gqa": Server(".json", _gqa, normalise=_gqas),
         "seed_bench": Server(".jsonl", _seed_bench),
         "mmvet": Server(".json", _mmvet),
     },
