@@ -14,6 +14,7 @@ from pumice.processing import images, shrink
 from pumice.processing.images import ImageSpec, preprocess
 
 SIDES = st.integers(1, 700)
+RESAMPLES = ("bicubic", "bilinear")
 KINDS = ("noise", "black and white", "flat")
 
 
@@ -27,17 +28,21 @@ def picture(kind: str, width: int, height: int, seed: int = 0) -> PIL.Image.Imag
     return PIL.Image.fromarray(levels.astype(np.uint8))
 
 
-def by_pillow(image: PIL.Image.Image, size: int, color: tuple[int, int, int]) -> np.ndarray:
+def by_pillow(
+    image: PIL.Image.Image, size: int, color: tuple[int, int, int], resample: str = "bicubic"
+) -> np.ndarray:
     """uint8[S, S, 3]: the square that LLaVA makes, and Pillow's own filter."""
     side = max(image.size)
     square = PIL.Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((size, size), PIL.Image.Resampling.BICUBIC))
+    return np.asarray(square.resize((size, size), PIL.Image.Resampling[resample.upper()]))
 
 
-def shrunk(image: PIL.Image.Image, size: int, color: tuple[int, int, int]) -> np.ndarray:
+def shrunk(
+    image: PIL.Image.Image, size: int, color: tuple[int, int, int], resample: str = "bicubic"
+) -> np.ndarray:
     """uint8[S, S, 3] by ours, in a square of its colour."""
-    levels, top, left = shrink.shrink_padded(image, size, color)
+    levels, top, left = shrink.shrink_padded(image, size, color, resample)
     rows, _, columns = levels.shape
     square = np.empty((size, size, 3), np.uint8)
     square[:] = color
@@ -46,14 +51,21 @@ def shrunk(image: PIL.Image.Image, size: int, color: tuple[int, int, int]) -> np
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.sampled_from(KINDS), SIDES, SIDES, st.integers(1, 400), st.integers(0, 2**31))
-def test_every_level_is_pillows(kind: str, width: int, height: int, size: int, seed: int) -> None:
+@given(
+    st.sampled_from(KINDS), SIDES, SIDES, st.integers(1, 400), st.integers(0, 2**31),
+    st.sampled_from(RESAMPLES),
+)  # fmt: skip
+def test_every_level_is_pillows(
+    kind: str, width: int, height: int, size: int, seed: int, resample: str
+) -> None:
     image = picture(kind, width, height, seed)
     color = tuple(np.random.default_rng(seed + 1).integers(0, 256, 3).tolist())
     if max(width, height) > size:
-        assert np.array_equal(shrunk(image, size, color), by_pillow(image, size, color))
+        ours, theirs = (make(image, size, color, resample) for make in (shrunk, by_pillow))
+        assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("resample", RESAMPLES)
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [
@@ -69,10 +81,11 @@ def test_every_level_is_pillows(kind: str, width: int, height: int, size: int, s
         (2, 1, 1),
     ],
 )
-def test_sizes_of_cameras_and_odd_ones(width: int, height: int, size: int) -> None:
+def test_sizes_of_cameras_and_odd_ones(width: int, height: int, size: int, resample: str) -> None:
     color = (122, 116, 104)
     image = picture("noise", width, height)
-    assert np.array_equal(shrunk(image, size, color), by_pillow(image, size, color))
+    ours, theirs = (make(image, size, color, resample) for make in (shrunk, by_pillow))
+    assert np.array_equal(ours, theirs)
 
 
 def test_sums_too_near_to_a_half_are_computed_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +141,8 @@ def test_what_grows_is_huge_or_meets_another_pillow_is_left_to_pillow(
     # Of these Pillow would filter the whole width of the square in every row, which takes minutes.
     assert ours(picture("flat", 2, 60_000), 336)
     assert ours(picture("flat", 1080, 30_000), 336)
+    assert shrink.pays(picture("flat", 1080, 30_000), 336, images.LARGEST, "bilinear")
+    assert not shrink.pays(picture("flat", 400, 300), 336, images.LARGEST, "lanczos")
     image, spec = picture("noise", 400, 300), ImageSpec("pad", 336)
     before = preprocess(image, spec)
     # As if Pillow rounded otherwise.

@@ -111,7 +111,7 @@ def preprocess(
     if out is None:
         out = torch.empty(3, spec.size, spec.size)
     values = out.numpy()
-    if spec.mode == "pad" and spec.resample == "bicubic" and pays(image, spec.size, LARGEST):
+    if spec.mode == "pad" and pays(image, spec.size, LARGEST, spec.resample):
         _fill_shrunk(image, spec, values)
         return out
     fit = {"pad": _pad, "crop": _crop, "resize": _resize}[spec.mode]
@@ -124,7 +124,7 @@ def preprocess(
 
 def _fill_shrunk(image: PIL.Image.Image, spec: ImageSpec, values: NDArray[np.float32]) -> None:
     """A padded picture that becomes smaller, the quick way -> float32[3, S, S]."""
-    levels, top, left = shrink_padded(image, spec.size, spec.canvas_color)
+    levels, top, left = shrink_padded(image, spec.size, spec.canvas_color, spec.resample)
     bottom, right = top + levels.shape[0], left + levels.shape[2]
     color = _normalised(np.array(spec.canvas_color)[:, None, None], spec)
     values[:, :top] = values[:, bottom:] = color

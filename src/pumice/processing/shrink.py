@@ -1,4 +1,4 @@
-"""Pillow's bicubic shrinking of padded pictures, to the last bit, out of matrix products.
+"""Pillow's shrinking of padded pictures (two of its filters), to the last bit, by matrix products.
 
 Pillow weighs 8-bit levels with weights of 22 binary digits, row by row first and then column by
 column, and rounds after each pass. A product in float32 is as good but where a sum lies so near to
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 Color = tuple[int, int, int]
 Levels = NDArray[np.float32]
 
-# Pillow's PRECISION_BITS, and how far a bicubic filter reaches (Resample.c).
-_BITS, _REACH = 22, 2.0
+# Pillow's PRECISION_BITS (Resample.c).
+_BITS = 22
 # Levels that share a product, of a row and of a column: more make it wider than its weights, fewer
 # make more products.
 _ACROSS, _DOWN = 16, 8
@@ -81,25 +81,30 @@ class _Axis:
         return np.floor(sums + 0.5)
 
 
-def pays(image: PIL.Image.Image, size: int, largest: int) -> bool:
+def pays(image: PIL.Image.Image, size: int, largest: int, resample: str = "bicubic") -> bool:
     """Whether a square of the longer side shrinks to `size`, and does so here as Pillow does it.
 
     Pillow is left the pictures of more than `largest` pixels, a strip at a time, unless they are
-    very tall: there it filters the whole width of the square in every row.
+    very tall: there it filters the whole width of the square in every row. It also is left the
+    filters that are not ours.
     """
+    if resample not in _FILTERS:
+        return False
     side, pixels = max(image.size), image.width * image.height
     if image.height > _TALL * image.width:
         # Levels of rows; those that the picture has no part in are not made.
         room = size * image.width + 2 * _ACROSS * image.height
     else:
         room = max(side * size, pixels)
-    return side > size and room <= largest and _as_pillow()
+    return side > size and room <= largest and _as_pillow(resample)
 
 
-def shrink_padded(image: PIL.Image.Image, size: int, color: Color) -> Shrunk:
+def shrink_padded(
+    image: PIL.Image.Image, size: int, color: Color, resample: str = "bicubic"
+) -> Shrunk:
     """An RGB picture in the middle of a square of `color`, made `size` wide."""
     side = max(image.size)
-    axis = _axis(side, size) if side <= _LONG else _axis.__wrapped__(side, size)
+    axis = (_axis if side <= _LONG else _axis.__wrapped__)(side, size, resample)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     across, down = _used(axis.across, left, image.width), _used(axis.down, top, image.height)
     # Rows of the square from which the blocks are made, and among them those of the picture.
@@ -253,15 +258,16 @@ _space = _Space()
 
 
 @lru_cache(maxsize=256)
-def _axis(before: int, after: int) -> _Axis:
+def _axis(before: int, after: int, resample: str) -> _Axis:
     """Pillow's weights (precompute_coeffs and normalize_coeffs_8bpc of Resample.c)."""
+    curve, reach = _FILTERS[resample]
     scale = before / after
     center = (np.arange(after) + 0.5) * scale
-    first = np.maximum(0, (center - _REACH * scale + 0.5).astype(np.int64))
-    last = np.minimum(before, (center + _REACH * scale + 0.5).astype(np.int64))
+    first = np.maximum(0, (center - reach * scale + 0.5).astype(np.int64))
+    last = np.minimum(before, (center + reach * scale + 0.5).astype(np.int64))
     most = int((last - first).max())
     places = np.arange(most)
-    shares = _bicubic((places + first[:, None] - center[:, None] + 0.5) * (1.0 / scale))
+    shares = curve((places + first[:, None] - center[:, None] + 0.5) * (1.0 / scale))
     shares[places >= (last - first)[:, None]] = 0.0
     # One after the other, as the order decides the last bit.
     total = np.zeros(after)
@@ -277,6 +283,14 @@ def _bicubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _bilinear(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(0.0, 1.0 - np.abs(distance))
+
+
+# The weight at a distance, and how far it reaches. The sine of Lanczos is not the same everywhere.
+_FILTERS = {"bicubic": (_bicubic, 2.0), "bilinear": (_bilinear, 1.0)}
 
 
 def _banded(first: NDArray[np.int64], units: NDArray[np.int64], before: int) -> _Axis:
@@ -316,14 +330,14 @@ def _in_blocks(begins: NDArray[np.int64], weights: NDArray[np.int64], length: in
 
 
 @cache
-def _as_pillow() -> bool:
+def _as_pillow(resample: str) -> bool:
     """Whether the Pillow that is here rounds as these lines do; asked once of a noisy picture."""
     noise = np.random.default_rng(0).integers(0, 256, (53, 71, 3), dtype=np.uint8)
     picture, size, color = PIL.Image.fromarray(noise), 17, (122, 116, 104)
     square = PIL.Image.new("RGB", (71, 71), color)
     square.paste(picture, (0, 9))
-    small = square.resize((size, size), PIL.Image.Resampling.BICUBIC)
+    small = square.resize((size, size), PIL.Image.Resampling[resample.upper()])
     expected = np.asarray(small).swapaxes(1, 2)
-    found, top, left = shrink_padded(picture, size, color)
+    found, top, left = shrink_padded(picture, size, color, resample)
     rows, _, columns = found.shape
     return bool(np.array_equal(found, expected[top : top + rows, :, left : left + columns]))
