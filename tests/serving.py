@@ -11,6 +11,7 @@ import httpx2
 import uvicorn
 
 from pumice.infer.model import Model
+from pumice.serve.headers import InTime
 from pumice.serve.limits import Limits
 from pumice.serve.run import Served, Stopping
 from pumice.serve.server import Server
@@ -20,7 +21,7 @@ class Listening:
     """Whatever answers HTTP, on a port of its own."""
 
     def __init__(self, served: Served, api_key: str | None = None) -> None:
-        config = uvicorn.Config(served.app, port=0, log_level="error", lifespan="on")
+        config = uvicorn.Config(served.app, http=InTime, port=0, log_level="error", lifespan="on")
         self.uvicorn = Stopping(config, served)
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()

@@ -27,7 +27,7 @@ from pumice.core.errors import DataError
 from pumice.infer.model import Model, load
 from pumice.infer.online import Counters
 from pumice.models.tiling import TilingSpec
-from pumice.serve import host_names, remote_images
+from pumice.serve import headers, host_names, remote_images
 from pumice.serve import pictures as pictures_module
 from pumice.serve import server as server_module
 from pumice.serve.limits import Limits
@@ -654,6 +654,56 @@ def test_a_body_that_never_ends_is_told_in_the_time_of_a_request(model: Model) -
         assert told.startswith(b"HTTP/1.1 408 ") and b"within 0.5 seconds" in told
         answer = server.post(messages=messages(text="x"), max_tokens=1)
         assert answer.status_code == 200
+    finally:
+        server.stop()
+
+
+def test_connections_that_never_finish_their_headers_are_closed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headers, "SECONDS", 0.6)
+    server = Running(model, Limits(drain_seconds=1.0))
+    host, port = server.url.removeprefix("http://").split(":")
+    step = server.server.online._scheduler.step
+    monkeypatch.setattr(
+        server.server.online._scheduler, "step", lambda: (time.sleep(0.2), step())[1]
+    )
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+    def closed_after(client: socket.socket, sign: bytes = b"") -> float:
+        start = time.monotonic()
+        with suppress(OSError):
+            while time.monotonic() - start < 5:
+                client.sendall(sign)
+                client.settimeout(0.1)
+                with suppress(TimeoutError):
+                    if not client.recv(4096):
+                        break
+        return time.monotonic() - start
+
+    try:
+        with socket.create_connection((host, int(port))) as client:
+            assert 0.4 < closed_after(client) < 3
+        for first in (b"", ask + b"\r\n"):  # also those of a second request
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(first)
+                if first:
+                    assert client.recv(4096).startswith(b"HTTP/1.1 200")
+                client.sendall(ask + b"X: ")
+                assert 0.4 < closed_after(client, b"x") < 4
+        # A long answer is no business of theirs, nor is a body that comes slowly.
+        answer = server.post(
+            messages=messages(text="Describe"), max_tokens=6, temperature=2.0, seed=0
+        )
+        assert answer.status_code == 200 and answer.elapsed.total_seconds() > 0.6
+        body = json.dumps({"messages": messages(text="x"), "max_tokens": 1}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Type: application/json"
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:5])
+            time.sleep(1.0)
+            client.sendall(body[5:])
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
     finally:
         server.stop()
 

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from pumice.core.errors import PumiceError
+from pumice.serve.headers import InTime
 
 # What is written already when the engine has ended may take this long to reach the clients.
 _LAST_BYTES = 5
@@ -75,6 +76,10 @@ def listen(host: str, port: int) -> socket.socket:
 def run(server: Served, listener: socket.socket) -> None:
     """Answers until a signal comes, and then until the requests on their way are answered."""
     config = uvicorn.Config(
-        server.app, log_level="warning", timeout_graceful_shutdown=_LAST_BYTES, lifespan="on"
+        server.app,
+        http=InTime,
+        log_level="warning",
+        timeout_graceful_shutdown=_LAST_BYTES,
+        lifespan="on",
     )
     Stopping(config, server).run([listener])
