@@ -286,6 +286,24 @@ def test_textvqa_without_ocr_tokens_is_scored_but_not_asked(tmp_path: Path) -> N
     assert "token: A, B\n" in prompts(textvqa, tmp_path)[1]
 
 
+def test_textvqa_says_that_answers_were_asked_otherwise(tmp_path: Path) -> None:
+    textvqa = BENCHMARKS["textvqa"]
+    bare = textvqa.with_options({"ocr": "none"})
+    asked = textvqa.load(textvqa_files(tmp_path)), bare.load(tmp_path)
+    for benchmark, own, other in ((textvqa, *asked), (bare, *asked[::-1])):
+        rows: list[dict[str, object]] = [
+            {"question_id": item.id, "prompt": item.prompt, "text": "x"} for item in own
+        ]
+        assert scored(benchmark, tmp_path, rows).notes == ()
+        rows[0]["prompt"] = other[0].prompt
+        scores = scored(benchmark, tmp_path, rows)
+        assert scores.metrics is not None and len(scores.notes) == 1
+        assert scores.notes[0].startswith("1 of 3 answers were asked with")
+        # The question alone, as some write it down, tells nothing of it.
+        rows[0]["prompt"] = own[0].prompt.split("\n")[0]
+        assert scored(benchmark, tmp_path, rows).notes == ()
+
+
 # --- MME ----------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,27 @@ class TextVQA(Benchmark):
                 answer = replace(answer, id=same[asked[key] % len(same)])
                 asked[key] += 1
             named.append(answer)
-        return super().match(named, items, source)
+        matching = super().match(named, items, source)
+        note = self._asked_otherwise(list(matching.answers.values()))
+        return replace(matching, notes=(*matching.notes, *note))
+
+    def _asked_otherwise(self, answers: Sequence[Answer]) -> list[str]:
+        """A note where prompts show that OCR tokens were given and should not be, or otherwise.
+
+        LLaVA's scorer takes both, so the answers are scored; a prompt that is not whole tells
+        nothing.
+        """
+        given = self.chosen["ocr"] == "given"
+        whole = [answer.prompt for answer in answers if answer.prompt and SHORT in answer.prompt]
+        other = sum((OCR_TOKENS.strip() in prompt) != given for prompt in whole)
+        if not other:
+            return []
+        told, choice = ("without", "none") if given else ("with", "given")
+        return [
+            f"{other} of {len(answers)} answers were asked {told} OCR tokens, as their prompts "
+            f"show, which is another task; it is scored under its name with --option "
+            f"textvqa.ocr={choice}"
+        ]
 
     def parse(self, text: str, item: Item) -> str | None:
         """The answer as M4C's processor leaves it; None when nothing was said."""
