@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -159,13 +160,17 @@ class Bench:
         return out[:, inputs["input_ids"].shape[1] :]
 
     def interleave(self, work: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        """CPU seconds of every contestant in every round."""
+        """CPU seconds of every contestant in every round, each round in another order.
+
+        A turn of the same order would leave each behind the same other, in what that has left of
+        the processor's caches.
+        """
         for run in work.values():
             run()
         seconds: dict[str, list[float]] = {name: [] for name in work}
         names = list(work)
         for number in range(self.rounds):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
+            for name in random.Random(number).sample(names, len(names)):
                 start = clock()
                 work[name]()
                 seconds[name].append(clock() - start)

@@ -143,7 +143,9 @@ class Buffer:
         old = self.shown
         rows = rows if rows <= known else max(rows, 2 * known)
         columns = width + new + max(_HEADROOM, (width + new) // 2)
-        self._data = empty_like(old, (*lead, rows, heads, columns, head_width))
+        shape = (*lead, rows, heads, columns, head_width)
+        # Many rows hold much, and to find large pages for it may take longer than they save.
+        self._data = empty_like(old, shape) if rows == 1 else old.new_empty(shape)
         start = width - old.shape[-2]
         self._data[..., : self._rows, :, start:width, :] = old
         self._first, self._end = start, width
@@ -259,7 +261,7 @@ class StackedCache:
         """Empty caches of one row each, of so many columns, which lie in one tensor."""
         heads, _, width = like.shape
         end = max(columns)
-        every = empty_like(like, (layers, 2, len(columns), heads, end + _ANSWER, width))
+        every = like.new_empty(layers, 2, len(columns), heads, end + _ANSWER, width)
         # Padding must be numbers, for what is masked is still multiplied by zero.
         every[..., : end - min(columns), :] = 0
         caches = [cls(layers, like) for _ in columns]
