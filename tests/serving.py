@@ -13,7 +13,7 @@ import uvicorn
 from pumice.infer.model import Model
 from pumice.serve.headers import InTime
 from pumice.serve.limits import Limits
-from pumice.serve.run import Served, Stopping
+from pumice.serve.run import Served, Stopping, listen
 from pumice.serve.server import Server
 
 
@@ -21,14 +21,15 @@ class Listening:
     """Whatever answers HTTP, on a port of its own."""
 
     def __init__(self, served: Served, api_key: str | None = None) -> None:
-        config = uvicorn.Config(served.app, http=InTime, port=0, log_level="error", lifespan="on")
+        config = uvicorn.Config(served.app, http=InTime, log_level="error", lifespan="on")
         self.uvicorn = Stopping(config, served)
-        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        listener = listen("127.0.0.1", 0)
+        self.address = listener.getsockname()
+        self.url = "http://{}:{}".format(*self.address)
+        self.thread = threading.Thread(target=self.uvicorn.run, args=([listener],), daemon=True)
         self.thread.start()
         while not self.uvicorn.started:
             time.sleep(0.01)
-        port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=60)
 
@@ -42,12 +43,11 @@ class Listening:
         assert not self.thread.is_alive()
 
 
-def abandon_upload(url: str, api_key: str) -> None:
+def abandon_upload(address: tuple[str, int], api_key: str) -> None:
     """Sends the first sign of a question and leaves."""
-    host, port = url.removeprefix("http://").split(":")
     head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api_key}\r\n"
             "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n")  # fmt: skip
-    with socket.create_connection((host, int(port))) as client:
+    with socket.create_connection(address) as client:
         client.sendall(f"{head}{{".encode())
         time.sleep(0.2)  # so that the request is being read when its client goes
 

@@ -123,7 +123,7 @@ def test_who_leaves_while_sending_and_faults_of_ours(
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.addHandler(caplog.handler)
     try:
-        abandon_upload(page.url, THEIRS)
+        abandon_upload(page.address, THEIRS)
         assert page.http.get("/page/settings").status_code == 200
         assert not caplog.records
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import io
@@ -30,6 +31,8 @@ from pumice.models.tiling import TilingSpec
 from pumice.serve import headers, host_names, remote_images
 from pumice.serve import pictures as pictures_module
 from pumice.serve import server as server_module
+from pumice.serve.answers import queued
+from pumice.serve.leaving import ClientGone, Wanted
 from pumice.serve.limits import Limits
 from pumice.serve.run import listen
 from pumice.world.scenes import random_scene, render
@@ -358,8 +361,7 @@ def test_a_client_that_leaves_frees_its_place(
     slow = running.server.online._scheduler.step  # as a larger model would be
     running.server.online._scheduler.step = lambda: (time.sleep(0.05), slow())[1]  # type: ignore[method-assign]
     try:
-        host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as client:
+        with socket.create_connection(running.address) as client:
             client.sendall((head + body).encode())
             while not counters(running).running:
                 time.sleep(0.01)
@@ -503,7 +505,7 @@ def test_a_fault_of_ours_is_counted_and_told_as_one(
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_wrong_request(running: Running) -> None:
-    abandon_upload(running.url, KEY)
+    abandon_upload(running.address, KEY)
     counted = '{path="/v1/chat/completions",status="499"}'
     until = time.monotonic() + 20
     while counted not in running.http.get("/metrics").text:
@@ -568,9 +570,8 @@ def test_who_still_sends_when_the_server_ends_is_told(
 ) -> None:
     server = Running(model, Limits(drain_seconds=0.1))
     server.uvicorn.config.timeout_graceful_shutdown = 1
-    host, port = server.url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=10) as client:
+    with socket.create_connection(server.address, timeout=10) as client:
         client.sendall(f"{head}{{".encode())
         time.sleep(0.2)
         server.uvicorn.handle_exit(signal.SIGTERM, None)
@@ -645,10 +646,9 @@ def test_bodies_of_all_requests_together_have_a_limit(model: Model) -> None:
 
 def test_a_body_that_never_ends_is_told_in_the_time_of_a_request(model: Model) -> None:
     server = Running(model, Limits(seconds=0.5, drain_seconds=1.0))
-    host, port = server.url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
     try:
-        with socket.create_connection((host, int(port)), timeout=10) as client:
+        with socket.create_connection(server.address, timeout=10) as client:
             client.sendall(f"{head}{{".encode())
             told = b"".join(iter(lambda: client.recv(4096), b""))
         assert told.startswith(b"HTTP/1.1 408 ") and b"within 0.5 seconds" in told
@@ -663,7 +663,6 @@ def test_connections_that_never_finish_their_headers_are_closed(
 ) -> None:
     monkeypatch.setattr(headers, "SECONDS", 0.6)
     server = Running(model, Limits(drain_seconds=1.0))
-    host, port = server.url.removeprefix("http://").split(":")
     step = server.server.online._scheduler.step
     monkeypatch.setattr(
         server.server.online._scheduler, "step", lambda: (time.sleep(0.2), step())[1]
@@ -682,10 +681,10 @@ def test_connections_that_never_finish_their_headers_are_closed(
         return time.monotonic() - start
 
     try:
-        with socket.create_connection((host, int(port))) as client:
+        with socket.create_connection(server.address) as client:
             assert 0.4 < closed_after(client) < 3
         for first in (b"", ask + b"\r\n"):  # also those of a second request
-            with socket.create_connection((host, int(port))) as client:
+            with socket.create_connection(server.address) as client:
                 client.sendall(first)
                 if first:
                     assert client.recv(4096).startswith(b"HTTP/1.1 200")
@@ -699,7 +698,7 @@ def test_connections_that_never_finish_their_headers_are_closed(
         body = json.dumps({"messages": messages(text="x"), "max_tokens": 1}).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         head += "Content-Type: application/json"
-        with socket.create_connection((host, int(port)), timeout=10) as client:
+        with socket.create_connection(server.address, timeout=10) as client:
             client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:5])
             time.sleep(1.0)
             client.sendall(body[5:])
@@ -828,6 +827,31 @@ def test_the_time_in_which_images_are_fetched_counts(
     finally:
         over.set()
         server.stop()
+
+
+def test_what_is_queued_just_as_its_client_is_found_gone_is_cancelled() -> None:
+    cancelled: list[str] = []
+
+    async def ask() -> None:
+        through = asyncio.Event()
+        handle: Any = SimpleNamespace(cancel=lambda: cancelled.append("handle"))
+
+        async def submit() -> list[Any]:
+            await through.wait()
+            return [handle]
+
+        async def is_disconnected() -> bool:
+            through.set()
+            await asyncio.sleep(0.05)
+            return True
+
+        request: Any = SimpleNamespace(is_disconnected=is_disconnected)
+        with pytest.raises(ClientGone):
+            await queued(submit, request, Wanted(time.monotonic() + 60))
+        await asyncio.sleep(0)
+
+    asyncio.run(ask())
+    assert cancelled == ["handle"]
 
 
 def test_what_is_queued_when_nobody_waits_any_more_is_cancelled(

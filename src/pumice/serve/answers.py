@@ -28,11 +28,14 @@ async def queued(
     queues afterwards is cancelled.
     """
     task = asyncio.ensure_future(submit())
+    handles = None
     try:
         async with asyncio.timeout_at(wanted.until):
-            return await while_there(task, request)
+            handles = await while_there(task, request)
+        return handles
     finally:
-        if not task.done():
+        # Not asked of the task: what it queued just before would go on for nobody.
+        if handles is None:
             wanted.gone = True
             task.add_done_callback(_let_go)
 
