@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,8 +73,6 @@ class Engine:
             Totals(),
             threading.RLock(),
         )
-        longest = max(map(len, processor.tokenizer.get_vocab()))
-        self._most_letters = lmm.language.max_positions * min(longest, _LETTERS)
         self._hashes = ContentHashes()
         self._weights: tuple[tuple[int, int], ...] = ()
         self._decoder: Decoder | None = None
@@ -207,12 +206,20 @@ class Engine:
         """Refuses what is far too long: to tokenise megabytes takes minutes, and holds up all."""
         limit, messages = self.lmm.language.max_positions, request.messages
         letters = sum(len(message.text) for message in messages)
-        if letters > self._most_letters or len(messages) > limit:
+        if max(letters, len(messages)) <= limit:
+            return
+        most = limit * min(self._longest_token, _LETTERS)
+        if letters > most or len(messages) > limit:
             raise PumiceError(
                 f"{name_of(request)} has {letters} characters in {len(messages)} turns, and the "
-                f"language model reads at most {limit} positions, which hold at most "
-                f"{self._most_letters}. Shorten the text."
+                f"language model reads at most {limit} positions, which hold at most {most}. "
+                f"Shorten the text."
             )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In letters; to look through a large vocabulary takes longer than to read a short text."""
+        return max(map(len, self.processor.tokenizer.get_vocab()))
 
     def _answer(self, request: Request, most: int, like: Row | None) -> Answer:
         """An answer of at most `most` tokens, or one of the request's choices."""
