@@ -80,7 +80,7 @@ print(new[1], kept[1], much - held())
 
 @pytest.mark.skipif(
     memory._glibc("mallopt") is None or not Path("/proc/self/status").is_file(),
-    reason="only glibc is told to keep freed blocks",
+    reason="only glibc can be told to keep freed blocks, and only Linux tells how many it keeps",
 )
 def test_large_freed_blocks_are_kept_when_asked_and_can_still_be_given_back() -> None:
     told = subprocess.run(
@@ -92,7 +92,8 @@ def test_large_freed_blocks_are_kept_when_asked_and_can_still_be_given_back() ->
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/status").is_file(), reason="only Linux tells it of a process alone"
+    not Path("/proc/self/status").is_file(),
+    reason="only Linux tells a process its own peak",
 )
 def test_a_peak_is_the_process_own_and_not_inherited() -> None:
     block = bytearray(b"x") * 2**28
