@@ -27,6 +27,7 @@ from conftest import Run
 from pumice.cli import chat
 from pumice.cli.picture import drawn
 from pumice.cli.talk import Talk
+from pumice.core.errors import PumiceError
 from pumice.core.types import Request, Result, Sampling
 from pumice.infer import remote_stream
 from pumice.infer.model import load
@@ -126,6 +127,38 @@ def test_signs_that_end_lines_for_python_end_none_of_a_stream() -> None:
     # Ours are read right by those who take Python's lines.
     [line, _] = event(answer).splitlines()
     assert json.loads(line.removeprefix("data: ")) == answer
+
+
+def test_a_reason_is_an_end_too() -> None:
+    pieces = (
+        '{"choices": [{"delta": {"content": "so"}}]}',
+        '{"choices": [{"finish_reason": "stop"}]}',
+    )
+    for count in (2, 1):
+        lines = [f"data: {piece}\n\n".encode() for piece in pieces[:count]]
+        events = remote_stream._events(httpx2.Response(200, content=iter(lines)), "http://x")
+        if count == 2:
+            assert len(list(events)) == 2
+            continue
+        with pytest.raises(PumiceError, match="broke off"):
+            list(events)
+
+
+@pytest.mark.parametrize(("said", "terminal"), [("", True), ("half", False), ("half", True)])
+def test_what_is_told_of_a_stop_has_a_line_of_its_own(
+    said: str, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speak(request: Request) -> Generator[str, None, Result]:
+        if said:
+            yield said
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    with pytest.raises(KeyboardInterrupt):
+        Talk(speak, Sampling()).hear("what?")
+    out, err = capsys.readouterr()
+    # The terminal has written ^C; the answer's end leads on to a new line if it stands there, too.
+    assert out == f"{said}\n" * bool(said) and err == "\n" * (not said or not terminal)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -120,6 +121,11 @@ class Talk:
                         break
                     typer.echo(piece, nl=False)
                     text += piece
+        except KeyboardInterrupt:
+            # The terminal has written ^C into this line, which no answer ends.
+            if not text or not sys.stdout.isatty():
+                note("")
+            raise
         finally:
             if text:
                 typer.echo()

@@ -54,7 +54,11 @@ def stream_remote(model: RemoteModel, request: Request) -> Generator[str, None, 
 
 
 def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of server-sent events, which must come to their end."""
+    """The JSON objects of server-sent events, which must come to their end.
+
+    That is a reason why the answer ended; not every server sends [DONE] after it.
+    """
+    ended = False
     for line in _lines(answer):
         if not line.startswith(_DATA):
             continue
@@ -68,8 +72,10 @@ def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
         if isinstance(event, dict) and event.get("error"):
             raise PumiceError(f"{url}: {_cause(data)}")
         if isinstance(event, dict):
+            ended |= any(choice.get("finish_reason") for choice in event.get("choices") or ())
             yield event
-    raise PumiceError(f"{url} broke off in the middle of the answer.")
+    if not ended:
+        raise PumiceError(f"{url} broke off in the middle of the answer.")
 
 
 def _lines(answer: httpx2.Response) -> Iterator[str]:
