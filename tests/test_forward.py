@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import openai
@@ -24,6 +27,7 @@ from pumice.core.llm_client import Endpoint
 from pumice.infer.model import Model
 from pumice.serve.forward import Forwarder
 from pumice.serve.limits import Limits
+from pumice.serve.run import listen
 from serving import Listening, Running, abandon_upload
 
 KEY, THEIRS = "of-the-endpoint", "of-the-page"
@@ -214,3 +218,112 @@ main(["page", "{endpoint.url}/v1", "--port", "0"])
     env = {"OPENAI_API_KEY": KEY, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, env=env)
     assert done.stderr.endswith("pocket alone\n"), done.stderr
+
+
+class Broken(ThreadingHTTPServer):
+    """An endpoint that sends these bytes to every question, and then closes the connection."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.sends = b""
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Broken
+
+    def do_GET(self) -> None:
+        self.wfile.write(self.server.sends)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.wfile.write(self.server.sends)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def broken() -> Iterator[Broken]:
+    with Broken() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_what_an_endpoint_breaks_off_is_told(
+    broken: Broken, caplog: pytest.LogCaptureFixture
+) -> None:
+    def head(kind: str, length: int = 1000, more: str = "") -> bytes:
+        told = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{more}\r\n"
+        return told.encode()
+
+    whole, half = b'data: {"choices": []}\n\n', b'data: {"cho'
+    page = forwarder(broken.url, key=None)
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.addHandler(caplog.handler)
+    try:
+        for cut in (half, whole[:-1], b""):
+            broken.sends = head("text/event-stream") + whole + cut
+            lines = [line for line in page.post(**ASKED).text.split("\n") if line]
+            # What is cut within a line is nothing that anybody could read.
+            assert lines[:-1] == [whole.decode().strip()] * (2 if cut == whole[:-1] else 1)
+            error = json.loads(lines[-1].removeprefix("data: "))["error"]
+            assert "broke off its answer" in error["message"]
+        no_gzip = head("application/json", 4, "Content-Encoding: gzip\r\n") + b"oops"
+        for sends in (head("application/json") + b"{", b"no HTTP\r\n\r\n", no_gzip):
+            broken.sends = sends
+            told = page.post(**ASKED)
+            assert told.status_code == 502 and "does not answer" in told.text
+        broken.sends = (
+            b"HTTP/1.1 301 Moved\r\nLocation: https://b.test/v1\r\nContent-Length: 0\r\n\r\n"
+        )
+        told = page.post(**ASKED)
+        assert told.status_code == 502 and "leads on to https://b.test/v1" in told.text
+        assert not caplog.records
+    finally:
+        uvicorn.removeHandler(caplog.handler)
+        page.stop()
+
+
+def test_an_address_that_leads_elsewhere_is_told(run: Run, broken: Broken) -> None:
+    broken.sends = b"HTTP/1.1 308 Moved\r\nLocation: https://b.test/v1/models\r\n\r\n"
+    code, out, err = run("page", f"{broken.url}/v1", "--port", 0)
+    assert (code, out) == (2, "") and "leads on to https://b.test/v1/models" in err
+
+
+def test_a_key_may_be_typed_where_even_the_models_ask_for_one(
+    run: Run, endpoint: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Forwarder] = []
+    monkeypatch.setattr("pumice.serve.run.run", lambda served, _: seen.append(served))
+    for name in ("PUMICE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    asked = ("page", f"{endpoint.url}/v1", "--port", 0)
+    code, _, err = run(*asked)
+    assert code == 2 and "name the model by --api-model" in err
+    assert run(*asked, "--api-model", "pocket")[0] == 0
+    assert seen[0].model == "pocket" and seen[0].page_settings()["takes_key"]
+    # A wrong key is not made good by any name.
+    monkeypatch.setenv("PUMICE_API_KEY", "wrong")
+    assert run(*asked, "--api-model", "pocket")[0] == 2
+    monkeypatch.setenv("PUMICE_API_KEY", KEY)
+    assert run(*asked)[0] == 0 and not seen[1].page_settings()["takes_key"]
+
+
+def test_two_colons_are_all_addresses_of_both_kinds() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6, or none beside IPv4 on one port")
+    with listen("::", 0) as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=5).close()
+    with listen("::1", 0) as listener, pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5)
+
+
+def test_an_empty_host_does_not_open_the_port_to_all(run: Run, endpoint: Running) -> None:
+    code, _, err = run("page", f"{endpoint.url}/v1", "--port", 0, "--host", "")
+    assert code == 2 and "--host is ''" in err

@@ -403,11 +403,14 @@ def test_health_metrics_models_and_the_page_s_paths(running: Running) -> None:
     open_to_all = httpx2.Client(base_url=running.url)
     assert open_to_all.get("/health").status_code == 200
     page = open_to_all.get("/")
-    assert open_to_all.get("/page/page.js").status_code == 200
+    script = open_to_all.get("/page/page.js")
+    # After an update no browser may go on with a part of the page before it.
+    assert script.status_code == 200 and script.headers["cache-control"] == "no-cache"
     assert (
         page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
     )
-    assert open_to_all.get("/page/settings").json()["model"] == "pocket"
+    told = open_to_all.get("/page/settings").json()
+    assert told["model"] == "pocket" and told["takes_key"]
     plan = open_to_all.get("/page/image-plan", params={"width": 30, "height": 20}).json()
     assert plan == {"image_tokens": 36, "mode": "pad", "view": 96, "plan": None}
     for path in ("/metrics", "/v1/models"):

@@ -91,7 +91,9 @@ TrackOption = Annotated[
 ]
 
 
-HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+HostOption = Annotated[
+    str, typer.Option("--host", help="Address to listen on; 0.0.0.0 or :: (IPv6, too) are all.")
+]
 PortOption = Annotated[
     int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
 ]

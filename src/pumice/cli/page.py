@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from pumice.cli.options import HostOption, PortOption, example
 from pumice.cli.output import note
 from pumice.cli.serve import address, check_installed, own_key
 from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.core.llm_client import LLMClient
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +43,8 @@ def page(
     """Show the page for a model behind an OpenAI-compatible address, such as vLLM's or SGLang's.
 
     The key of the address is read from PUMICE_API_KEY or OPENAI_API_KEY and stays here; without one
-    the key that is typed on the page is sent.
+    the key that is typed on the page is sent; name the model by --api-model where the list of
+    models asks for a key, too.
     """
     if not is_url(url):
         raise PumiceError(
@@ -50,7 +54,6 @@ def page(
     key = own_key(api_key)
     check_installed("fastapi", "uvicorn")
     from pumice.core.llm_client import LLMClient
-    from pumice.infer.remote import choose_model
     from pumice.serve.forward import Forwarder
     from pumice.serve.host_names import local_host
     from pumice.serve.limits import Limits
@@ -59,8 +62,25 @@ def page(
     endpoint = open_endpoint(url, concurrency=1, per_minute=None, timeout=timeout)
     with listen(host, port) as listener:
         with LLMClient(endpoint) as client:
-            name = choose_model(client, api_model)
+            name = _model(client, api_model)
         limits = Limits(max_new_tokens=max_new_tokens)
         note(f"{name} of {url}: {address(host, listener)} (page)")
         local = local_host(host, listener)
         run(Forwarder(endpoint, name, limits=limits, api_key=key, local_host=local), listener)
+
+
+def _model(client: LLMClient, named: str | None) -> str:
+    """The model to ask; who asks may have the key that even the list of models needs."""
+    from pumice.core.llm_client import KeyRefusedError
+    from pumice.infer.remote import choose_model
+
+    try:
+        return choose_model(client, named)
+    except KeyRefusedError as error:
+        if client.endpoint.api_key:
+            raise
+        if named is None:
+            raise PumiceError(
+                f"{error} Or name the model by --api-model; the key is then typed on the page."
+            ) from error
+        return named

@@ -36,6 +36,10 @@ _PASSING = (408, 409, 425, 429)
 _Outcome = Reply | Failure
 
 
+class KeyRefusedError(PumiceError):
+    """The endpoint wants another key, or one at all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """Where the requests go and how hard it may be pressed."""
@@ -167,7 +171,7 @@ class LLMClient:
     def models(self) -> list[str]:
         """The names of the models the endpoint serves; none where it has no such list.
 
-        Raises PumiceError when it cannot be reached or refuses the key.
+        Raises PumiceError when it cannot be reached or is elsewhere, and KeyRefusedError.
         """
         try:
             answer = self._http.get(f"{self.url}/models")
@@ -176,8 +180,13 @@ class LLMClient:
                 f"{self.url} cannot be reached ({error!r}). Check the address (up to and with the "
                 f"version, as http://host/v1) and whether the server runs."
             ) from error
-        if answer.status_code in (401, 403):
+        if answer.has_redirect_location:
             raise PumiceError(
+                f"{self.url} leads on to {answer.headers['location']}. Give the address that "
+                f"answers itself."
+            )
+        if answer.status_code in (401, 403):
+            raise KeyRefusedError(
                 f"{self.url} refuses the key ({answer.status_code}: {_excerpt(answer)}). Set "
                 f"PUMICE_API_KEY or OPENAI_API_KEY to a valid one."
             )

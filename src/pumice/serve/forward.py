@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -47,6 +47,7 @@ class Forwarder:
         self.model = model
         self.limits = limits
         self._key = endpoint.api_key
+        self._takes_key = api_key is not None or not endpoint.api_key
         self._http = httpx2.AsyncClient(timeout=endpoint.timeout)
         self.app = self._app(api_key, local_host)
 
@@ -66,7 +67,7 @@ class Forwarder:
 
     def page_settings(self) -> dict[str, Any]:
         """GET /page/settings."""
-        return settings(self.model, self.limits.max_new_tokens)
+        return settings(self.model, self.limits.max_new_tokens, takes_key=self._takes_key)
 
     def image_plan(self) -> None:
         """GET /page/image-plan: null, since only the endpoint knows what becomes of a picture."""
@@ -80,31 +81,55 @@ class Forwarder:
             content=body,
             headers={"Content-Type": "application/json", **({"Authorization": key} if key else {})},
         )
-        sending = asyncio.create_task(self._http.send(call, stream=True))
+        sending = asyncio.create_task(self._sent(call))
         try:
             answer = await while_there(sending, request)
         except ClientGone:
             return Response(status_code=CLIENT_GONE)
-        except httpx2.TransportError as error:
-            raise self._unreachable(error) from error
+        except httpx2.RequestError as error:
+            raise self._silent(error) from error
         finally:
             sending.cancel()  # by which the endpoint knows that nobody listens
         headers = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
+        if answer.is_closed:
+            return Response(answer.content, answer.status_code, headers)
         return StreamingResponse(self._pieces(answer), answer.status_code, headers)
 
+    async def _sent(self, call: httpx2.Request) -> httpx2.Response:
+        """The answer, whole unless it is a stream: one that breaks off can still be told then."""
+        answer = await self._http.send(call, stream=True)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(answer.aclose)
+            if answer.has_redirect_location:
+                raise ApiError(
+                    502,
+                    f"the endpoint {self.url} leads on to {answer.headers['location']}; give "
+                    f"`pumice page` the address that answers itself.",
+                )
+            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                await answer.aread()
+            stack.pop_all()
+        return answer
+
     async def _pieces(self, answer: httpx2.Response) -> AsyncIterator[bytes]:
+        """The lines of a stream, whole ones: an error is told after them, and not within one."""
+        rest = b""
         try:
             async for piece in answer.aiter_bytes():
-                yield piece
-        except httpx2.TransportError as error:
-            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-                raise
-            yield event(self._unreachable(error).body()).encode()
+                whole, end, more = piece.rpartition(b"\n")
+                if end:
+                    yield rest + whole + end
+                    rest = b""
+                rest += more
+            yield rest
+        except httpx2.RequestError as error:
+            cut = ApiError(502, f"the endpoint {self.url} broke off its answer: {error!r}.")
+            yield b"\n" + event(cut.body()).encode()
         finally:
             # Also when the client is gone.
             await answer.aclose()
 
-    def _unreachable(self, error: httpx2.TransportError) -> ApiError:
+    def _silent(self, error: httpx2.RequestError) -> ApiError:
         return ApiError(502, f"the endpoint {self.url} does not answer: {error!r}.")
 
     def _app(self, api_key: str | None, local_host: str | None) -> FastAPI:

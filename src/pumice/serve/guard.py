@@ -70,7 +70,8 @@ class Guard:
             if headers is None:
                 await cut.response()(scope, receive, sending)
             elif headers.get(b"content-type", b"").startswith(b"text/event-stream"):
-                await send({"type": "http.response.body", "body": event(cut.body()).encode()})
+                told = f"\n{event(cut.body())}".encode()  # not within a line that is cut
+                await send({"type": "http.response.body", "body": told})
             else:
                 raise
         finally:

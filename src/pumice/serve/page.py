@@ -18,17 +18,30 @@ _POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none
 _OFFERED = ("short", "letter", "detailed")
 
 
+class _Files(StaticFiles):
+    """Asked for anew each time, which costs a 304: of two versions no page can be made."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
 def add_page(app: FastAPI) -> None:
     """The page on /, and its files under /page/."""
     app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
-    app.mount("/page", StaticFiles(directory=WEB), name="page")
+    app.mount("/page", _Files(directory=WEB), name="page")
 
 
-def settings(model: str, max_new_tokens: int) -> dict[str, Any]:
-    """What GET /page/settings answers: the model's name, the longest answer, formats."""
+def settings(model: str, max_new_tokens: int, *, takes_key: bool) -> dict[str, Any]:
+    """What GET /page/settings answers: the model's name, the longest answer, formats.
+
+    `takes_key` is whether a key that somebody types is looked at.
+    """
     return {
         "model": model,
         "max_new_tokens": max_new_tokens,
+        "takes_key": takes_key,
         "formats": {"": "", **{name: FORMATS[name] for name in _OFFERED}},
     }
 

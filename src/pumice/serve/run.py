@@ -58,10 +58,21 @@ class Stopping(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A port to answer on, taken before a model is loaded for it; 0 takes any that is free."""
+    """A port to answer on, taken before a model is loaded for it; 0 takes any that is free.
+
+    `::` is every address of this machine, those of IPv4 among them where the system can do that.
+    """
+    if not host.strip():
+        raise PumiceError(
+            f"--host is {host!r}, an empty name, which would be all addresses of this machine. "
+            f"Give 127.0.0.1 for this machine alone, or 0.0.0.0 if others are to reach it."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        listener = socket.create_server(
+            (host, port), family=family, backlog=2048, dualstack_ipv6=both
+        )
     except OSError as error:
         raise PumiceError(
             f"cannot listen on {host} port {port}: {error.strerror}. Choose another with --port "

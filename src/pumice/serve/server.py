@@ -98,6 +98,7 @@ class Server:
         self._answers: deque[tuple[float, float]] = deque(maxlen=_RECENT)
         """When each of the last answers was asked for, and when it ended."""
         self.metrics = Metrics(self.online.counters)
+        self._takes_key = api_key is not None
         self.app = self._app(api_key, local_host)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -179,7 +180,7 @@ class Server:
 
     def page_settings(self) -> dict[str, Any]:
         """GET /page/settings: what the page must know of this server."""
-        return settings(self.name, self.limits.max_new_tokens)
+        return settings(self.name, self.limits.max_new_tokens, takes_key=self._takes_key)
 
     def image_plan(self, width: Side, height: Side) -> dict[str, Any]:
         """GET /page/image-plan: what becomes of a picture of this size; the page draws it.
