@@ -1,16 +1,29 @@
 // The page speaks to the same endpoint as every other client: /v1/chat/completions, streamed.
 
+import { asCurl, asPython, toClipboard } from "./copying.js";
+import { fault, figure, opened } from "./images.js";
+import { ended, events, failure, said, told } from "./stream.js";
+
 const $ = (id) => document.getElementById(id);
 
 // What the server says of itself; models tuned on one wording of a format answer worse to another.
-let settings = { model: "", max_new_tokens: 1024, formats: {} };
+let settings = { model: "", max_new_tokens: 1024, formats: {}, takes_key: true };
 
 let talk = []; // OpenAI chat messages
 let shown = []; // images of the next question: {uri, plan, image}
+let adding = null; // images that are being read: a promise of whether all of them can be used
+let waiting = false; // a question waits for them
 let running = null; // AbortController of the answer on its way
 let asked = null; // the messages of the last question, for copying
+let seed = drawn(); // of the last question, too, so that what is copied gets the same answer
+let pinned = true; // whether the end of the talk is in sight, and kept there
+let laidOut = ""; // the talk's heights when that was last seen to
 
 // requests
+
+function drawn() {
+  return Math.floor(Math.random() * 2 ** 31);
+}
 
 function headers() {
   const key = $("key").value.trim();
@@ -23,63 +36,37 @@ function body(messages, stream = true) {
     messages,
     max_tokens: Number($("length").value),
     temperature: Number($("temperature").value),
-    ...(Number($("temperature").value) > 0 && { seed: Math.floor(Math.random() * 2 ** 31) }),
+    ...(Number($("temperature").value) > 0 && { seed }),
     ...(stream && { stream: true, stream_options: { include_usage: true } }),
   };
 }
 
-async function failure(response) {
-  try {
-    const told = await response.json();
-    return told.error?.message ?? told.message ?? told.detail ?? JSON.stringify(told);
-  } catch {
-    return `the server answered with HTTP ${response.status}`;
-  }
-}
-
-// The JSON objects of a stream of server-sent events; a stream without its end is an error. Other
-// servers end lines with two signs, and send comments to keep the connection.
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the answer broke off: the connection was closed");
-    text += value;
-    const lines = text.split(/\r?\n/);
-    text = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
-}
-
+// The answer in its bubble, and what is to be kept of it; null where it failed.
 async function answer(messages, bubble) {
   running = new AbortController();
   busy(true);
   asked = messages;
+  seed = drawn();
   const start = performance.now();
-  let text = "";
-  let usage = null;
-  let finish = null;
+  const writing = written(bubble.firstChild);
+  let [usage, finish, thought] = [null, null, false];
   try {
     const response = await post(messages, running.signal);
-    if (!response.ok) throw new Error(await failure(response));
+    if (!response.ok) throw new Error(hinted(await failure(response), response.status));
     for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message ?? JSON.stringify(event.error));
-      text += event.choices?.[0]?.delta?.content ?? "";
+      if (event.error) throw new Error(said(event));
+      const { delta, finish_reason } = event.choices?.[0] ?? {};
+      writing.add(delta?.content ?? delta?.refusal ?? "");
+      thought ||= Boolean(delta?.reasoning_content ?? delta?.reasoning);
       usage = event.usage ?? usage;
-      finish = event.choices?.[0]?.finish_reason ?? finish;
-      bubble.firstChild.data = text;
-      follow();
+      finish = finish_reason ?? finish;
     }
   } catch (error) {
     if (error.name !== "AbortError") {
+      if (writing.end()) bubble.firstChild.appendData("\n");
       bubble.classList.add("error");
-      bubble.firstChild.data = text + (text ? "\n" : "") + error.message;
+      bubble.append(note(error.message, "failed"));
+      follow();
       return null;
     }
     finish = "stopped";
@@ -88,11 +75,35 @@ async function answer(messages, bubble) {
     busy(false);
     bubble.classList.remove("waiting");
   }
-  bubble.firstChild.data = text || "(no answer)";
+  const text = writing.end();
+  if (!text) bubble.firstChild.data = thought ? "(no answer, only thoughts before one)" : "(no answer)";
   const seconds = (performance.now() - start) / 1000;
-  bubble.append(note([...ENDS[finish] ?? [], ...told(usage, seconds)].join(" · ")));
+  bubble.append(note([...ended(finish), ...told(usage, seconds)].join(" · ")));
   follow();
   return text;
+}
+
+// A text that grows, drawn once a frame: to lay out a long one anew for every piece takes longer than
+// its pieces take to come.
+function written(node) {
+  let [text, shownLength, frame] = ["", 0, 0];
+  const draw = () => {
+    frame = 0;
+    node.appendData(text.slice(shownLength));
+    shownLength = text.length;
+    follow();
+  };
+  return {
+    add(piece) {
+      text += piece;
+      if (piece) frame ||= requestAnimationFrame(draw);
+    },
+    end() {
+      cancelAnimationFrame(frame);
+      draw();
+      return text;
+    },
+  };
 }
 
 async function post(messages, signal) {
@@ -111,27 +122,22 @@ async function post(messages, signal) {
   }
 }
 
-const ENDS = { stopped: ["stopped"], length: ["cut at the longest answer"] };
-
-// The numbers of an answer; servers other than pumice say fewer of them.
-function told(usage, seconds) {
-  const time = `${seconds.toFixed(1)} s`;
-  if (!usage) return [time];
-  const { image_tokens: image, cached_tokens: cached } = usage.prompt_tokens_details ?? {};
-  const parts = [image && `${image} image`, cached && `${cached} cached`].filter(Boolean);
-  const of = parts.length ? ` (${parts.join(", ")})` : "";
-  return [`${usage.prompt_tokens} prompt tokens${of}`, `${usage.completion_tokens} new`, time];
+// A refusal, and where the key goes that it asks for.
+function hinted(message, status) {
+  if (status !== 401 || !settings.takes_key) return message;
+  $("settings").open = true;
+  return `${message.replace(/\.?$/, ".")} Give the key under Settings.`;
 }
 
 // the talk
 
 async function ask(event) {
   event.preventDefault();
+  if (running || waiting || !(await imagesRead())) return;
   const question = $("text").value.trim();
-  if (running) return;
   // An image alone is no question: the box that waits for one is pointed at.
   if (!question) return $("text").focus();
-  const message = written(question);
+  const message = composed(question);
   const bubbleAsked = turn("user", question);
   if (format()) bubbleAsked.append(note(format()));
   if (shown.length) {
@@ -144,10 +150,11 @@ async function ask(event) {
   clearQuestion();
   const bubble = turn("assistant", "");
   bubble.classList.add("waiting");
-  const said = await answer([...talk, message], bubble);
+  follow();
+  const text = await answer([...talk, message], bubble);
   // Of an answer that a new talk has broken off nothing stays.
   if (talk !== own) return;
-  if (said === null || !said.trim()) {
+  if (text === null || !text.trim()) {
     // What was not answered is no part of the talk; the question stays to be sent again, unless
     // the next one is being written already.
     if (!$("text").value.trim() && !shown.length) {
@@ -156,10 +163,20 @@ async function ask(event) {
       showImages();
     }
   } else {
-    talk.push(message, { role: "assistant", content: said.trim() });
+    talk.push(message, { role: "assistant", content: text.trim() });
   }
   fit();
-  $("text").focus();
+}
+
+// Whether a question may go: one that is sent before its image is read must not go without it.
+async function imagesRead() {
+  if (!adding) return true;
+  waiting = true;
+  try {
+    return await adding;
+  } finally {
+    waiting = false;
+  }
 }
 
 // The sentence that asks for the chosen form of answer.
@@ -168,7 +185,7 @@ function format() {
 }
 
 // The message of a question, with the images that wait and the format that is chosen.
-function written(question) {
+function composed(question) {
   return {
     role: "user",
     content: [
@@ -188,72 +205,77 @@ function clearQuestion() {
 function turn(kind, text) {
   const bubble = document.createElement("div");
   bubble.className = `turn ${kind}`;
+  bubble.setAttribute("role", "article");
+  bubble.ariaLabel = { user: "Question", assistant: "Answer" }[kind] ?? "Error";
   bubble.append(document.createTextNode(text));
   $("talk").append(bubble);
+  pinned = true;
   follow();
   return bubble;
 }
 
-function note(text) {
+function note(text, kind = "quiet") {
   const line = document.createElement("span");
-  line.className = "quiet";
+  line.className = kind;
   line.textContent = text;
   return line;
 }
 
+// Keeps the end in sight, unless somebody has gone up to read.
 function follow() {
-  $("talk").scrollTop = $("talk").scrollHeight;
+  if (pinned) $("talk").scrollTop = $("talk").scrollHeight;
+  laidOut = heights();
 }
 
+// A talk that is laid out anew scrolls as well; that is nobody who goes up to read.
+function scrolled() {
+  if (heights() !== laidOut) return follow();
+  const { scrollHeight, scrollTop, clientHeight } = $("talk");
+  pinned = scrollHeight - scrollTop - clientHeight < 40;
+}
+
+function heights() {
+  return `${$("talk").scrollHeight} ${$("talk").clientHeight}`;
+}
+
+// Stop takes the place of Ask, and who used the keyboard there goes on there, and after the answer in
+// the box; nobody is called away from elsewhere. On a phone the box would bring up its keyboard.
 function busy(is) {
+  const focused = document.activeElement;
   $("send").hidden = is;
   $("stop").hidden = !is;
+  $("talk").ariaBusy = String(is); // an answer is read out once, when it is whole
+  if (is && [null, document.body, $("send")].includes(focused)) $("stop").focus();
+  if (!is && focused === $("stop"))
+    (matchMedia("(pointer: coarse)").matches ? $("send") : $("text")).focus();
 }
 
 // images
 
-// What is wrong with a file, if anything is. An <img> shows drawings, and as much of a broken file as
-// there is; servers take neither, and so does createImageBitmap.
-async function fault(file) {
-  const kinds = "PNG, JPEG, WebP and GIF can be used";
-  if (!file.type.startsWith("image/")) return `is no image; ${kinds}`;
-  if (file.type.startsWith("image/svg")) return "is an SVG drawing, which holds no pixels: draw it into a PNG first";
-  try {
-    (await createImageBitmap(file)).close();
-  } catch {
-    return `cannot be decoded by the browser: it is cut short or damaged, or of another kind; ${kinds}`;
-  }
+// Whether all of the files can be used; what is wrong with the others is told.
+function add(files) {
+  const before = adding ?? Promise.resolve(true);
+  const reading = before.then(async (right) => (await addAll(files, talk)) && right);
+  adding = reading;
+  reading.finally(() => {
+    if (adding === reading) adding = null;
+  });
+  return reading;
 }
 
-async function add(files) {
+async function addAll(files, own) {
+  let right = true;
   for (const file of files) {
     const wrong = await fault(file);
-    if (wrong) {
-      turn("error", `${file.name || "what was given"} ${wrong}`);
-      continue;
-    }
-    const uri = await new Promise((done) => {
-      const reader = new FileReader();
-      reader.onload = () => done(reader.result);
-      reader.readAsDataURL(file);
-    });
-    const image = new Image();
-    image.src = uri;
-    await image.decode();
-    shown.push({ uri, image, plan: await plan(image) });
+    const one = wrong ? null : await opened(file, headers());
+    if (talk !== own) return false; // a new talk has begun meanwhile
+    if (wrong) turn("error", `${file.name || "what was given"} ${wrong}`);
+    else shown.push(one);
+    right &&= !wrong;
   }
   showImages();
   $("text").focus();
-}
-
-async function plan(image) {
-  const query = `width=${image.naturalWidth}&height=${image.naturalHeight}`;
-  try {
-    const response = await fetch(`/page/image-plan?${query}`, { headers: headers() });
-    return response.ok ? response.json() : null;
-  } catch {
-    return null; // that the server is gone is told to who asks
-  }
+  return right;
 }
 
 function showImages() {
@@ -266,6 +288,7 @@ function showImages() {
       remove.onclick = () => {
         shown.splice(place, 1);
         showImages();
+        ($("shown").querySelectorAll("button")[place] ?? $("choose")).focus();
       };
       const element = figure(one);
       element.append(remove);
@@ -274,93 +297,19 @@ function showImages() {
   );
 }
 
-// The picture as the model gets it: on its canvas, cut into tiles, with the tokens it becomes.
-function figure({ image, plan }) {
-  const element = document.createElement("figure");
-  const canvas = document.createElement("canvas");
-  const tiled = plan?.plan;
-  const [width, height] = tiled ? tiled.target : [image.naturalWidth, image.naturalHeight];
-  const fit = 640 / Math.max(width, height);
-  const scale = tiled ? fit : Math.min(1, fit); // lines of tiles must show on the smallest picture
-  canvas.width = Math.max(1, Math.round(width * scale));
-  canvas.height = Math.max(1, Math.round(height * scale));
-  const draw = canvas.getContext("2d");
-  draw.scale(canvas.width / width, canvas.height / height);
-  if (tiled) drawTiles(draw, image, tiled, scale);
-  else draw.drawImage(image, 0, 0, width, height);
-  element.append(canvas);
-  const caption = document.createElement("figcaption");
-  caption.textContent = describe(image, plan);
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", caption.textContent);
-  element.append(caption);
-  return element;
-}
-
-function drawTiles(draw, image, tiled, scale) {
-  const [width, height] = tiled.target;
-  draw.fillStyle = "#7a7669";
-  draw.fillRect(0, 0, width, height);
-  draw.drawImage(image, ...tiled.offset, ...tiled.resized);
-  draw.strokeStyle = "#f0916b";
-  draw.lineWidth = 2 / scale;
-  for (let column = 0; column < tiled.grid[0]; column++)
-    for (let row = 0; row < tiled.grid[1]; row++)
-      draw.strokeRect(column * tiled.tile, row * tiled.tile, tiled.tile, tiled.tile);
-}
-
-function describe(image, plan) {
-  const size = `${image.naturalWidth} × ${image.naturalHeight}`;
-  if (!plan) return size;
-  if (!plan.plan) return `${size}: ${plan.image_tokens} image tokens`;
-  const { grid, tokens } = plan.plan;
-  const whole = tokens.global ? `${tokens.global} of the whole, ` : "";
-  return `${size}: ${grid[0]} × ${grid[1]} tiles, ${plan.image_tokens} image tokens (${whole}${tokens.tiles} of tiles, ${tokens.row_end} row ends)`;
-}
-
 // copying
 
 // What stands in the box, or else what was asked last.
 function question() {
   const text = $("text").value.trim();
   if (!text && !shown.length && asked) return asked;
-  return [...talk, written(text || "What is in the image?")];
+  return [...talk, composed(text || "What is in the image?")];
 }
 
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    $("copied").textContent = "copied";
-  } catch {
-    $("copied").textContent = "the browser does not allow copying";
-  }
-}
-
-// The body comes through the standard input: images are longer than a command line may be.
-function asCurl() {
-  const key = $("key").value.trim() ? " -H 'Authorization: Bearer KEY'" : "";
-  return [
-    `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json'${key} -d @- <<'JSON'`,
-    JSON.stringify(body(question(), false)),
-    "JSON",
-    "",
-  ].join("\n");
-}
-
-function asPython() {
-  const { messages, max_tokens, temperature } = body(question(), false);
-  return [
-    "from openai import OpenAI",
-    "",
-    `client = OpenAI(base_url="${location.origin}/v1", api_key="KEY")`,
-    "answer = client.chat.completions.create(",
-    `    model=${JSON.stringify($("model").textContent)},`,
-    `    messages=${JSON.stringify(messages)},`,
-    `    max_tokens=${max_tokens},`,
-    `    temperature=${temperature},`,
-    ")",
-    "print(answer.choices[0].message.content)",
-  ].join("\n");
+async function copy(written) {
+  const key = $("key").value.trim() !== "";
+  const done = await toClipboard(written(body(question(), false), key));
+  $("copied").textContent = done ? "copied" : "the browser does not allow copying";
 }
 
 // the page itself
@@ -368,6 +317,7 @@ function asPython() {
 function fit() {
   $("text").style.height = "auto";
   $("text").style.height = `${$("text").scrollHeight + 2}px`;
+  follow(); // measuring the box has moved the talk
 }
 
 function reset() {
@@ -384,40 +334,50 @@ $("text").addEventListener("input", fit);
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
 });
-$("stop").onclick = () => running?.abort();
+// The second click of two on Ask falls on Stop and is meant for nothing.
+$("stop").onclick = (event) => event.detail < 2 && running?.abort();
 $("reset").onclick = reset;
 $("choose").onclick = () => $("file").click();
 $("file").onchange = async () => {
   await add([...$("file").files]);
   $("file").value = "";
 };
-$("curl").onclick = () => copy(asCurl());
-$("python").onclick = () => copy(asPython());
+$("curl").onclick = () => copy(asCurl);
+$("python").onclick = () => copy(asPython);
 for (const name of ["temperature", "length"])
   $(name).oninput = () => ($(`${name}-shown`).value = $(name).value);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape" && !event.isComposing) running?.abort();
 });
 document.addEventListener("paste", (event) => {
-  const files = [...event.clipboardData.files];
-  if (files.length) {
+  const { files: given, types } = event.clipboardData;
+  const files = [...given];
+  // Office programs put a picture of the text beside the text that is meant.
+  const isText = types.includes("text/plain") && types.includes("text/html");
+  if (files.length && !isText) {
     event.preventDefault();
     add(files);
   }
 });
+// Text that is dragged goes into the box as everywhere; a link beside it would lead away from here.
 document.addEventListener("dragover", (event) => {
+  const files = event.dataTransfer.types.includes("Files");
+  if (!files && event.target.matches?.("textarea, input")) return;
   event.preventDefault();
-  $("drop").hidden = false;
+  if (!files) event.dataTransfer.dropEffect = "none";
+  $("drop").hidden = !files;
 });
 document.addEventListener("dragleave", (event) => {
   if (!event.relatedTarget) $("drop").hidden = true;
 });
 document.addEventListener("drop", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   $("drop").hidden = true;
   add([...event.dataTransfer.files]);
 });
 
+$("talk").onscroll = scrolled;
 // When the settings open or the question grows, the end of the talk stays in sight.
 new ResizeObserver(follow).observe($("talk"));
 
@@ -425,9 +385,11 @@ $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").onchange = () => sessionStorage.setItem("key", $("key").value);
 $("text").focus();
 try {
-  settings = await (await fetch("/page/settings")).json();
-} catch {
-  turn("error", "the server cannot be reached; load the page again");
+  const response = await fetch("/page/settings");
+  if (!response.ok) throw new Error(await failure(response));
+  settings = await response.json();
+} catch (error) {
+  turn("error", `the server does not say what it serves (${error.message}); load the page again`);
 }
 $("model").textContent = settings.model;
 $("length").max = settings.max_new_tokens;
