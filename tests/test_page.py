@@ -411,6 +411,12 @@ def test_the_tiles_of_an_image_are_drawn(browser: sync_api.Browser, folders: Any
               return [at(line, canvas.height / 4), at(canvas.width / 6, canvas.height / 4)];
             }""")
             assert colours[0][:3] == [240, 145, 107] and colours[1][:3] != [240, 145, 107]
+            # Nor are lines lost where it is shown smaller.
+            shrunk = page.evaluate("""() => {
+              const canvas = document.querySelector('#shown canvas');
+              return canvas.width / canvas.getBoundingClientRect().width;
+            }""")
+            assert shrunk <= 2.5
     finally:
         server.stop()
 
@@ -608,6 +614,14 @@ def test_many_images_leave_the_box_in_sight(page: sync_api.Page, scene: Path) ->
         page.set_viewport_size({"width": width, "height": height})
         assert page.evaluate("document.documentElement.scrollHeight") <= height
         sync_api.expect(page.locator("#text")).to_be_in_viewport(ratio=1)
+
+
+def test_the_chosen_format_is_seen_in_the_colours_of_a_person_s_own(page: sync_api.Page) -> None:
+    page.emulate_media(forced_colors="active")
+    grounds = page.eval_on_selector_all(
+        ".chips span", "all => all.map((one) => getComputedStyle(one).backgroundColor)"
+    )
+    assert grounds[0] not in grounds[1:]
 
 
 def test_lines_run_in_the_direction_of_their_script(page: sync_api.Page) -> None:

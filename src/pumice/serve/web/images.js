@@ -37,12 +37,13 @@ async function plan(image, headers) {
 }
 
 // The picture as the model gets it: on its canvas, cut into tiles, with the tokens it becomes.
-export function figure({ image, plan }) {
+// Its longer side has so many dots: lines between tiles must outlive being shown much smaller.
+export function figure({ image, plan }, dots = 640) {
   const element = document.createElement("figure");
   const canvas = document.createElement("canvas");
   const tiled = plan?.plan;
   const [width, height] = tiled ? tiled.target : [image.naturalWidth, image.naturalHeight];
-  const fit = 640 / Math.max(width, height);
+  const fit = dots / Math.max(width, height);
   const scale = tiled ? fit : Math.min(1, fit); // lines of tiles must show on the smallest picture
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));

@@ -290,7 +290,7 @@ function showImages() {
         showImages();
         ($("shown").querySelectorAll("button")[place] ?? $("choose")).focus();
       };
-      const element = figure(one);
+      const element = figure(one, 352);
       element.append(remove);
       return element;
     }),
