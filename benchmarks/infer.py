@@ -1,6 +1,7 @@
 """The engine beside transformers' generate on identical weights: decoding, batches, shared images.
 
     python benchmarks/infer.py --rounds 5 [--threads 2] [--llama-cpp]
+    python benchmarks/infer.py --device cuda --shape llava15-7b     (bfloat16; see decode.py)
 
 One thread and process CPU time, all contestants in turn round by round: the machine may be shared.
 With more threads the clock is the wall's, and the machine must be idle.
@@ -23,31 +24,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 import transformers
+from decode import shape_record
+from questions import Questions, endless, word_processor
 from speed import machine, rounded
 from threadpoolctl import threadpool_limits
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from train_model import SHAPES
+from transformers import CLIPVisionConfig, LlamaConfig
 from transformers_llava import IMAGE_TOKEN, build_model
 
 import pumice
+from pumice.core.files import read_json, write_json
 from pumice.infer.engine import Engine
 from pumice.infer.pages import Pages
 from pumice.infer.scheduler import Limits
 from pumice.models.config import LMMConfig
-from pumice.models.constants import IMAGE_ID
 from pumice.models.lmm import LMM
 from pumice.models.pretrained import config_to_dict
 from pumice.models.quantize import pack_for_cpu, quantize_language
-from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
 
 RESULTS = Path(__file__).resolve().parent / "results" / "infer.json"
 OTHER_RESULTS = str(RESULTS.with_name("infer_{}_threads.json"))
+SHAPE_RESULTS = RESULTS.with_name("infer_bfloat16.json")
 NEW = 64
 LENGTHS = (8, 16, 24, 32, 40, 48, 56, 64)
 QUESTIONS = 8
@@ -59,11 +59,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--llama-cpp", action="store_true", help="beside llama.cpp too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="decode at this shape in bfloat16")
+    parser.add_argument("--scale", type=float, default=1.0, help="of --shape: a trial run")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], help="of --shape")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     threads = arguments.threads
     torch.set_num_threads(threads)
+    if arguments.shape:
+        scale = "" if arguments.scale == 1 else f" x {arguments.scale:g}"
+        name = f"{arguments.shape}{scale} {arguments.device}"
+        out = arguments.out or SHAPE_RESULTS
+        known = read_json(out) if out.is_file() else {}
+        write_json(out, {**known, name: rounded(shape_record(arguments))})
+        return
+    if arguments.device != "cpu":
+        parser.error("on a GPU a shape is measured: give --shape llava15-7b")
     record: dict[str, Any] = {
         "command": f"python benchmarks/infer.py --rounds {arguments.rounds} --threads {threads}"
         + " --llama-cpp" * arguments.llama_cpp,
@@ -110,45 +123,12 @@ class Bench:
         self.lmm, self.processor, self.rounds = lmm, processor, rounds
         self.peer = build_model(lmm, processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).eval()
         self.image_id = self.peer.config.image_token_index
-        self.pictures = [
-            PIL.Image.effect_noise((200, 160), 60 + n).convert("RGB") for n in range(2)
-        ]
-        words = list(processor.tokenizer.get_vocab())
-        plain = [word for word in words if word.isalpha() and word.isascii()]
-        self.words = plain or [word.removeprefix("\u2581") for word in words if len(word) > 3]
-
-    def request(self, number: int, picture: int, new: int) -> pumice.Request:
-        """A question of some thirty words, another for every number."""
-        text = " ".join(self.words[(number * 37 + place) % len(self.words)] for place in range(20))
-        sampling = pumice.Sampling(max_new_tokens=new, seed=number)
-        return pumice.Request((pumice.user(text, self.pictures[picture]),), sampling)
+        self.asking = Questions(processor, self.image_id)
+        self.request, self.inputs = self.asking.request, self.asking.inputs
 
     def engine(self, batch: int, lmm: LMM | None = None, **kept: int) -> Engine:
         """An engine that never ends an answer early, as the peer is told not to."""
-        engine = Engine(lmm or self.lmm, self.processor, batch, **kept)
-        row = engine.row
-
-        def endless(request: pumice.Request) -> Any:
-            made = row(request)
-            made.answer._end_tokens, made.answer._stop = (), ()
-            return made
-
-        engine.row = endless  # type: ignore[method-assign]
-        return engine
-
-    def inputs(self, requests: Sequence[pumice.Request]) -> dict[str, torch.Tensor]:
-        """The same prompts as transformers takes them, padded on the left."""
-        encoded = [self.processor.encode_prompt(request.messages) for request in requests]
-        width = max(len(one.input_ids) for one in encoded)
-        ids = torch.tensor([[0] * (width - len(e.input_ids)) + e.input_ids for e in encoded])
-        mask = torch.tensor(
-            [[0] * (width - len(e.input_ids)) + [1] * len(e.input_ids) for e in encoded]
-        )
-        return {
-            "input_ids": ids.masked_fill(ids == IMAGE_ID, self.image_id),
-            "attention_mask": mask,
-            "pixel_values": torch.cat([one.pixel_values for one in encoded]),
-        }
+        return endless(Engine(lmm or self.lmm, self.processor, batch, **kept))
 
     @torch.inference_mode()
     def generate(self, inputs: dict[str, torch.Tensor], new: int) -> torch.Tensor:
@@ -340,14 +320,6 @@ def read_gbytes() -> float:
 
 def mid_size(folder: Path) -> tuple[LMM, Processor]:
     """The random model of 64 million parameters and a tokenizer of 32,000 words."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x00>": 3}
-    vocab |= {f"w{number}": number for number in range(4, 32000)}
-    words = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.save_pretrained(folder)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
         image_size=224, patch_size=14,
@@ -366,8 +338,7 @@ def mid_size(folder: Path) -> tuple[LMM, Processor]:
             language=config_to_dict(language),
         )
     )  # fmt: skip
-    spec = ImageSpec("pad", 224)
-    processor = Processor(tokenizer, spec, "vicuna_v1", "", lmm.image_tokens)
+    processor = word_processor(lmm, folder)
     return lmm.eval(), processor
 
 

@@ -19,8 +19,8 @@ import torch
 from pumice.convert.gguf import write_gguf
 from pumice.convert.gguf_file import GGUFType
 from pumice.core.shipped import resolve_model
+from pumice.infer.best_decoder import best_decoder
 from pumice.infer.decoder import Chunk
-from pumice.infer.plain_decoder import best_decoder
 from pumice.models.lmm import LMM
 from pumice.processing.processor import Processor
 

@@ -31,7 +31,9 @@ IMAGE_TOKEN = "<0x00>"
 PROMPT = "<s>USER: {image}\n{question} ASSISTANT:"
 
 
-def build_model(lmm: LMM, image_id: int, attention: str = "sdpa") -> Any:
+def build_model(
+    lmm: LMM, image_id: int, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+) -> Any:
     """A LlavaForConditionalGeneration with the weights of `lmm`; `image_id` marks an image."""
     vision, language = lmm.config.vision, lmm.config.language
     tied = bool(language.get("tie_word_embeddings"))
@@ -45,7 +47,7 @@ def build_model(lmm: LMM, image_id: int, attention: str = "sdpa") -> Any:
         image_seq_length=lmm.image_tokens,
         tie_word_embeddings=tied,
     )
-    model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config).to(dtype)
     model.set_attn_implementation(attention)
     _fill(model.model.vision_tower, lmm.vision.model.state_dict())
     connector = lmm.connector.state_dict()

@@ -38,7 +38,8 @@ def test_options_stand_in_the_place_of_their_group() -> None:
     assert (
         names
         == (
-            "model max_new_tokens temperature top_p seed as_json device dtype quantize adapter"
+            "model max_new_tokens temperature top_p seed as_json device dtype quantize adapter "
+            "compile"
         ).split()
     )
 

@@ -7,47 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 
+from pumice.core.errors import PumiceError
 from pumice.core.types import Request, Sampling, user
 from pumice.infer import one_row
+from pumice.infer.best_decoder import FAMILIES, best_decoder
 from pumice.infer.decoder import AnyDecoder, Chunk
 from pumice.infer.engine import Engine
 from pumice.infer.online import Online
-from pumice.infer.plain_decoder import FAMILIES, PlainDecoder, best_decoder
+from pumice.infer.plain_decoder import PlainDecoder
 from pumice.infer.scheduler import Limits
-from pumice.models.language import LanguageModel
 from pumice.models.live_adapter import keep_adapter
 from pumice.models.lmm import LMM
 from pumice.models.lora import Adapter
 from pumice.models.quantize import METHODS, pack_for_cpu, quantize_language
 from pumice.processing.processor import Processor
 from small_requests import Recorder, mixed
-
-
-def with_language(lmm: LMM, family: str, **more: Any) -> LMM:
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": lmm.language.vocab_size,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "sliding_window": None,
-            "max_position_embeddings": 512,
-            "pad_token_id": 0,
-            **more,
-        },
-    )
-    torch.manual_seed(1)
-    lmm.language = LanguageModel.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in lmm.language.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    return lmm
+from tiny import with_language
 
 
 @pytest.mark.parametrize(
@@ -202,7 +178,11 @@ def test_a_kept_adapter_is_in_the_copies_where_they_can_hold_it(
     ],
 )
 def test_other_models_run_through_transformers(lmm: LMM, family: str, more: dict[str, Any]) -> None:
-    assert isinstance(best_decoder(with_language(lmm, family, **more)), AnyDecoder)
+    with_language(lmm, family, **more)
+    assert isinstance(best_decoder(lmm), AnyDecoder)
+    with pytest.raises(PumiceError, match=f"language model \\({family}\\) cannot be: allowed are"):
+        best_decoder(lmm, compiled=True)
+    assert isinstance(best_decoder(lmm.bfloat16()), AnyDecoder)
 
 
 def test_hooks_are_heard(lmm: LMM) -> None:
@@ -212,10 +192,6 @@ def test_hooks_are_heard(lmm: LMM) -> None:
     assert isinstance(best_decoder(lmm), AnyDecoder)
     handle.remove()
     assert isinstance(best_decoder(lmm), PlainDecoder)
-
-
-def test_other_precisions_run_through_transformers(lmm: LMM) -> None:
-    assert isinstance(best_decoder(lmm.bfloat16()), AnyDecoder)
 
 
 def test_a_model_that_is_not_its_family_runs_through_transformers(

@@ -122,7 +122,7 @@ def test_a_run_with_it_is_the_run_without(folders: SimpleNamespace, tmp_path: Pa
 
 def test_without_a_compiler_it_is_refused(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    with pytest.raises(PumiceError, match=r"C\+\+ compiler .* set compile to false"):
+    with pytest.raises(PumiceError, match=r"C\+\+ compiler .* compile: false"):
         compile_blocks(lmm, "cpu")
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pumice.models.constants import IMAGE_ID
+from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
 from pumice.processing.images import ImageSpec
 from pumice.processing.processor import Processor
@@ -171,3 +172,29 @@ def with_images(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor(
         [[t for i in row for t in ([IMAGE_ID] * NUM_PATCHES if i < 0 else [i])] for row in rows]
     )
+
+
+def with_language(lmm: LMM, family: str, **more: Any) -> LMM:
+    """The model with a new language model of that family, of whose weights none is near zero."""
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": lmm.language.vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": None,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            **more,
+        },
+    )
+    torch.manual_seed(1)
+    lmm.language = LanguageModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in lmm.language.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return lmm

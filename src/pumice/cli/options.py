@@ -41,6 +41,10 @@ AdapterOption = Annotated[
     Literal["merge", "keep"],
     typer.Option("--adapter", help="merge: add a LoRA to its base's weights; keep: beside them."),
 ]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Decode through torch.compile: faster after a minute or two."),
+]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="How many requests are answered together.")
 ]
@@ -117,6 +121,7 @@ class LoadOptions:
     dtype: DtypeOption = None
     quantize: QuantizeOption = None
     adapter: AdapterOption = "merge"
+    compile: CompileOption = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,63 @@ class OneByOne:
         return found
 
 
+class Whole:
+    """Chunk by chunk, each in one operation: on a GPU that is one kernel.
+
+    Query heads that share keys and values are computed as further positions of one head, which
+    every kernel can, with a mask too.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], heads: int) -> None:
+        self._heads = heads
+        self._chunks = chunks
+        self._lengths = [len(chunk.embeds) for chunk in chunks]
+        self._room = [c.cache.grow(n, 1) for c, n in zip(chunks, self._lengths, strict=True)]
+        self._masks = [_later(chunk) if chunk.first else None for chunk in chunks]
+
+    def __call__(
+        self, layer: int, states: torch.Tensor, scaling: float, last: bool
+    ) -> torch.Tensor:
+        """float[N, H + 2 Hk, Dh] -> float[N, H Dh], or float[K, H Dh]."""
+        mixed = [states.new_empty(0, self._heads * states.shape[-1])]
+        parts = torch.split(states, self._lengths)
+        for chunk, (fresh, known), part, mask in zip(
+            self._chunks, self._room, parts, self._masks, strict=True
+        ):
+            keep(part.unsqueeze(0), fresh[layer], self._heads)
+            if last:
+                if chunk.ends:
+                    mixed.append(self._grouped(part[-1:], known[layer], scaling, None))
+            elif mask is not None:
+                mixed.append(self._grouped(part, known[layer], scaling, mask))
+            else:
+                mixed.append(self._first(part, known[layer], scaling))
+        return torch.cat(mixed)
+
+    def _first(self, part: torch.Tensor, known: torch.Tensor, scaling: float) -> torch.Tensor:
+        """float[T, H + 2 Hk, Dh], float[2, 1, Hk, T, Dh] -> float[T, H Dh], from the beginning."""
+        query = part[:, : self._heads].transpose(0, 1).unsqueeze(0)
+        keys, values = known.unbind(0)
+        found = F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scaling,
+            enable_gqa=self._heads != keys.shape[1],
+        )  # fmt: skip
+        return found[0].transpose(0, 1).flatten(1)
+
+    def _grouped(
+        self, part: torch.Tensor, known: torch.Tensor, scaling: float, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """float[T, >= H, Dh], float[2, 1, Hk, S, Dh], float[T, S] -> float[T, H Dh]."""
+        count, key_heads, width = len(part), known.shape[2], part.shape[-1]
+        query = part[:, : self._heads].reshape(count, key_heads, -1, width)
+        groups = query.shape[2]
+        query = query.permute(1, 2, 0, 3).reshape(1, key_heads, groups * count, width)
+        mask = None if mask is None else mask.repeat(groups, 1)
+        keys, values = known.unbind(0)
+        found = F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
+        return found.view(key_heads, groups, count, width).permute(2, 0, 1, 3).flatten(1)
+
+
 class SideBySide:
     """All chunks in one operation, padded to the longest: of short ones each costs more to call
     than to compute. Their caches lie in one tensor, so that nothing is copied. A chunk's places
@@ -145,6 +202,13 @@ class SideBySide:
             return attention(padded[:, -1:], known, self._heads, scaling, mask)[self._ending, 0]
         found = attention(padded, known, self._heads, scaling, self._mask)
         return found.flatten(0, 1).index_select(0, self._places)
+
+
+def _later(chunk: Chunk) -> torch.Tensor:
+    """float[T, S], to be added to scores: of S columns the last T are the chunk's own."""
+    count = len(chunk.embeds)
+    later = chunk.embeds.new_full((count, chunk.first + count), float("-inf"))
+    return later.triu_(chunk.first + 1)
 
 
 def keep(states: torch.Tensor, fresh: torch.Tensor, heads: int) -> None:

@@ -9,7 +9,7 @@ everything it holds at every token. Shapes: L layers, B rows, H key heads, S col
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -27,20 +27,37 @@ Pieces = list[torch.Tensor]
 """The keys and values of some positions of one row, float[..., H, n, Dh] each."""
 
 
-class RowsCache(Protocol):
-    """What the engine does with keys and values, whatever decoder computes them."""
+class RowCache(Protocol):
+    """Keys and values of one prompt that is being read."""
 
     @property
     def width(self) -> int:
         """The columns in use."""
 
-    def join(self, other: Self, length: int, more: int = 0) -> None:
-        """Takes in the last `length` columns of a cache of one row.
+    def pieces(self, row: int, first: int, last: int) -> Pieces:
+        """Copies of the columns `first` to `last` of a row, which is 0."""
+
+    def extend(self, pieces: Pieces) -> None:
+        """Appends what `pieces` gave."""
+
+
+class RowsCache(Protocol):
+    """Keys and values of the rows in flight; what the engine does with them."""
+
+    @property
+    def width(self) -> int:
+        """The columns in use."""
+
+    def first_column(self, length: int) -> int:
+        """The column in which a row of this length begins."""
+
+    def join(self, other: Any, length: int, more: int = 0) -> None:
+        """Takes in the last `length` columns of a cache of one row, of the same decoder's.
 
         `more` rows, none of them longer, come right behind it: room is made for all at once.
         """
 
-    def take_over(self, caches: Sequence[Self]) -> bool:
+    def take_over(self, caches: Sequence[Any]) -> bool:
         """Becomes these caches of one row each, without a copy, if they lie so and it is empty."""
 
     def leave(self, row: int, width: int) -> None:
@@ -48,9 +65,6 @@ class RowsCache(Protocol):
 
     def pieces(self, row: int, first: int, last: int) -> Pieces:
         """Copies of the columns `first` to `last` of a row."""
-
-    def extend(self, pieces: Pieces) -> None:
-        """Appends to a cache of one row what `pieces` gave."""
 
 
 class Buffer:
@@ -209,6 +223,10 @@ class BufferCache(Cache):  # type: ignore[misc]
         """The columns in use."""
         return int(self.layers[0].get_seq_length()) if self.layers else 0
 
+    def first_column(self, length: int) -> int:
+        """The column in which a row of this length begins: all end in the last one."""
+        return self.width - length
+
     def join(self, other: BufferCache, length: int, more: int = 0) -> None:
         """Takes in the last `length` columns of a cache of one row; `more` rows come behind it."""
         while len(self.layers) < len(other.layers):
@@ -291,6 +309,10 @@ class StackedCache:
         self._buffer.extend(1, 1)
         shown: NDArray[np.float32] = self._buffer.shown[:, :, 0].numpy()
         return shown
+
+    def first_column(self, length: int) -> int:
+        """The column in which a row of this length begins: all end in the last one."""
+        return self.width - length
 
     def join(self, other: StackedCache, length: int, more: int = 0) -> None:
         """Takes in the last `length` columns of a cache of one row; `more` rows come behind it."""

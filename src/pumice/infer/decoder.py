@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pumice.infer.cache import BufferCache, RowsCache
+from pumice.infer.cache import BufferCache, RowCache, RowsCache
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
 
@@ -39,10 +39,10 @@ class Decoder(Protocol):
     def at_work(self) -> AbstractContextManager[object]:
         """What a thread holds while it reads and steps; without it, that may be slower."""
 
-    def cache(self, columns: int | None = None) -> RowsCache:
-        """An empty cache for this decoder; with `columns` for one row that will have so many."""
+    def cache(self) -> RowsCache:
+        """An empty cache for rows in flight."""
 
-    def caches(self, columns: Sequence[int]) -> Sequence[RowsCache]:
+    def caches(self, columns: Sequence[int]) -> Sequence[RowCache]:
         """Empty caches of one row each, which will have so many columns."""
 
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
@@ -55,10 +55,7 @@ class Decoder(Protocol):
         cache: Any,
         media: Media | None,
     ) -> torch.Tensor:
-        """B tokens, and how many positions each row has before them -> float[B, V].
-
-        Shorter rows of `cache` begin behind as many columns that are not theirs.
-        """
+        """B tokens, and how many positions each row has before them -> float[B, V]."""
 
 
 class AnyDecoder:
@@ -71,11 +68,11 @@ class AnyDecoder:
         """Nothing: torch's threads are set already."""
         return nullcontext()
 
-    def cache(self, columns: int | None = None) -> RowsCache:
+    def cache(self) -> BufferCache:
         """An empty cache, as transformers' decoders take it."""
         return BufferCache()
 
-    def caches(self, columns: Sequence[int]) -> Sequence[RowsCache]:
+    def caches(self, columns: Sequence[int]) -> list[BufferCache]:
         """As many of them."""
         return [BufferCache() for _ in columns]
 

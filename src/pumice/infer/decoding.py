@@ -41,10 +41,6 @@ class Running:
             self.rows.append(row)
         self._look()
 
-    def first_column(self, row: Row) -> int:
-        """The column of the row's first position."""
-        return self.cache.width - row.length
-
     def leave(self, rows: Sequence[Row]) -> None:
         """Gives up the places of these rows."""
         # From the last place on, so that no row is moved that then leaves as well.

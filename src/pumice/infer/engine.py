@@ -18,10 +18,10 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Message, Request, Result
 from pumice.infer.answer import Answer
+from pumice.infer.best_decoder import best_decoder
 from pumice.infer.choices import Guide, LongChoiceError, choice_ids
 from pumice.infer.decoder import Decoder
 from pumice.infer.features import ContentHashes, ImageFeatures, Key, Opened, Shown
-from pumice.infer.plain_decoder import best_decoder
 from pumice.infer.prefixes import PrefixStore
 from pumice.infer.rows import Row, Span, name_of
 from pumice.infer.sampling import Sampler, check_sampling
@@ -60,7 +60,9 @@ class Engine:
         *,
         prefix_bytes: int = _PREFIX_BYTES,
         feature_bytes: int = _FEATURE_BYTES,
+        compiled: bool = False,
     ) -> None:
+        """`compiled`: decode steps go through torch.compile."""
         if max_batch < 1:
             raise PumiceError(f"max_batch is {max_batch}; a whole number from 1 is needed.")
         _check_pair(lmm, processor)
@@ -75,6 +77,7 @@ class Engine:
         )
         self._hashes = ContentHashes()
         self._weights: tuple[tuple[int, int], ...] = ()
+        self._compiled = compiled
         self._decoder: Decoder | None = None
 
     def generate(
@@ -156,7 +159,9 @@ class Engine:
         with self.memory.lock:
             self._check_weights()
             if self._decoder is None:
-                self._decoder = best_decoder(self.lmm)
+                self._decoder = best_decoder(self.lmm, compiled=self._compiled)
+                # Weights that are joined for it lie elsewhere, and are the same.
+                self._weights = self._weights_now()
             return Scheduler(self.lmm, self._decoder, self.memory, limits)
 
     @contextmanager
@@ -290,12 +295,16 @@ class Engine:
 
     def _check_weights(self) -> None:
         """Forgets what other weights have computed, such as those of an earlier training step."""
-        weights = tuple((p.data_ptr(), p._version) for p in self.lmm.parameters())
+        weights = self._weights_now()
         if weights != self._weights:
             self.memory.features.renew()
             self.memory.prefixes.clear()
             self._decoder = None
             self._weights = weights
+
+    def _weights_now(self) -> tuple[tuple[int, int], ...]:
+        """Which weights these are: where each lies, and how often it was changed."""
+        return tuple((p.data_ptr(), p._version) for p in self.lmm.parameters())
 
 
 def _shared_guide(request: Request, like: Row | None) -> Guide | None:

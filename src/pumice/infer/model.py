@@ -39,6 +39,7 @@ class Model:
         max_batch: int = 16,
         *,
         kept_bytes: int = KEPT_BYTES,
+        compile: bool = False,
     ) -> None:
         self.lmm = lmm
         self.processor = processor
@@ -49,7 +50,11 @@ class Model:
             max_batch,
             prefix_bytes=kept_bytes - features,
             feature_bytes=features,
+            compiled=compile,
         )
+        if compile:
+            # What cannot be is told here, and nobody's first question takes minutes.
+            self.engine.prepare()
 
     def ask(self, text: str, images: Sequence[ImageLike] = (), **sampling: Any) -> Result:
         """The answer to one question about any number of images; raises when there is none.
@@ -99,6 +104,7 @@ def load(
     vision: str | Path | None = None,
     template: str | None = None,
     adapter: AdapterUse = "merge",
+    compile: bool = False,
 ) -> Model:
     """The model of a directory, whoever wrote it, or a shipped one by its name.
 
@@ -109,7 +115,8 @@ def load(
     of beginnings of prompts for later requests. `base` is the language model that a connector or
     an adapter belongs to, `vision` the vision backbone that a checkpoint only names, `template` the
     name of a conversation template where the directory does not say it. An `adapter` (LoRA) is
-    merged into its base as it is read, or kept beside it ("keep").
+    merged into its base as it is read, or kept beside it ("keep"). With `compile` decode steps go
+    through torch.compile: loading takes a minute or two longer, and needs Triton or, on a CPU, g++.
     """
     method = None if quantize is None else check_method(quantize)
     check_choice("adapter", adapter, get_args(AdapterUse))
@@ -126,7 +133,7 @@ def load(
         keep_adapter=adapter == "keep",
     )
     pack_for_cpu(lmm.language)
-    return Model(lmm, processor, max_batch, kept_bytes=kept_bytes)
+    return Model(lmm, processor, max_batch, kept_bytes=kept_bytes, compile=compile)
 
 
 def _question(text: str, images: Sequence[ImageLike], sampling: dict[str, Any]) -> Request:

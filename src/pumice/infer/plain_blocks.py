@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pumice.infer.pages import Pages
 from pumice.infer.products import Norm, Product, product
+from pumice.models.quantize import QuantizedLinear
+
+MOST_COPIED = 4 * 1024**3
+"""Bytes of copied weights that are worth their place."""
 
 
 @dataclass(slots=True)
@@ -58,3 +63,15 @@ def _pairs(width: int) -> torch.Tensor:
     complex number, and turning all of them is one multiplication.
     """
     return torch.arange(width).view(2, -1).t().flatten()
+
+
+def plain_bytes(model: nn.Module) -> int:
+    """What the weights of its linear layers take that are not quantised."""
+    return sum(m.weight.nbytes for m in model.modules() if type(m) is nn.Linear)
+
+
+def copied_bytes(model: nn.Module) -> int:
+    """What copies of its linear layers take: two in float32, or two in 8 bits."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    eight = sum(2 * layer.in_features * layer.out_features for layer in quantized)
+    return 2 * plain_bytes(model) + eight

@@ -16,7 +16,7 @@ from itertools import chain
 
 import torch
 
-from pumice.infer.cache import RowsCache
+from pumice.infer.cache import RowCache
 from pumice.infer.decoder import Chunk, Decoder
 from pumice.infer.decoding import Running, say
 from pumice.infer.features import ImageFeatures, Key, Opened, Shown
@@ -149,7 +149,7 @@ class Scheduler:
             if not row.cancelled:
                 spoken = row.symbols + row.answer.ids[: row.length - len(row.prompt)]
                 place = self.running.rows.index(row)
-                first = self.running.first_column(row)
+                first = self.running.cache.first_column(row.length)
                 self._memory.prefixes.add(spoken, self.running.cache, place, first)
         if rows:
             self.running.leave(rows)
@@ -197,7 +197,7 @@ class Scheduler:
             ahead.append((row.where, list(more.values())))
         return ahead
 
-    def _begin(self, row: Row, cache: RowsCache) -> list[Shown]:
+    def _begin(self, row: Row, cache: RowCache) -> list[Shown]:
         """Takes over what is known of the prompt; -> the images whose features are needed."""
         # The last position is always read: its logits are wanted.
         prompt = row.symbols[:-1]

@@ -30,21 +30,28 @@ def compile_blocks(lmm: LMM, device: str) -> None:
 
 def check_compiler(device: str) -> None:
     """Refuse a device for which torch.compile finds no compiler."""
-    if device == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
+    if not has_compiler(device):
+        needed = (
+            "a C++ compiler (g++ or clang++; the environment variable CXX names another)"
+            if device == "cpu"
+            else "Triton, which comes with torch for NVIDIA and AMD GPUs"
+        )
+        raise PumiceError(
+            f"compile is asked for, and torch.compile needs {needed} for the device {device}, "
+            f"which is not there. Install it, or leave compile out (in a recipe, compile: false)."
+        )
 
-        try:
-            found = shutil.which(get_cpp_compiler()) is not None
-        except (InvalidCxxCompiler, RuntimeError):
-            found = False
-        needed = "a C++ compiler (g++ or clang++; the environment variable CXX names another)"
-    else:
+
+def has_compiler(device: str) -> bool:
+    """Whether torch.compile finds what it needs for this type of device."""
+    if device != "cpu":
         from torch.utils._triton import has_triton
 
-        found, needed = has_triton(), "Triton, which comes with torch for NVIDIA and AMD GPUs"
-    if not found:
-        raise PumiceError(
-            f"compile is true, and torch.compile needs {needed} for the device {device}, which is "
-            f"not there. Install it, or set compile to false."
-        )
+        return bool(has_triton())
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return shutil.which(get_cpp_compiler()) is not None
+    except (InvalidCxxCompiler, RuntimeError):
+        return False

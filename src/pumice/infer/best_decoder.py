@@ -1,0 +1,146 @@
+"""Which decoder runs a language model: the fastest that computes what transformers computes.
+
+Two are made for the families below: `PlainDecoder` on the CPU in float32, `SlotDecoder` on a GPU,
+in half precision, and compiled. Everything else runs through transformers' own code.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from pumice.core.errors import PumiceError
+from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
+from pumice.infer.plain_blocks import MOST_COPIED, copied_bytes, plain_bytes
+from pumice.infer.plain_decoder import PlainDecoder
+from pumice.infer.slot_decoder import SlotDecoder
+from pumice.models.compiled import check_compiler
+from pumice.models.live_adapter import kept_on_plain_weights
+from pumice.models.lmm import LMM
+from pumice.models.lora import adapter_parameters
+from pumice.models.quantize import QuantizedLinear
+
+log = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What turns positions into angles without looking at how long the text is.
+_ROPES = ("default", "linear", "llama3", "yarn")
+# How far logits may be apart, relative to the largest. In half precision two orders of the same
+# sums are 1e-2 apart, and a decoder that is wrong about anything comes out far from it.
+_TOLERANCE = 1e-3
+_HALF_TOLERANCE = 5e-2
+
+
+@torch.no_grad()
+def best_decoder(lmm: LMM, *, compiled: bool = False) -> Decoder:
+    """The fastest decoder for this model; with `compiled`, its steps go through torch.compile.
+
+    Raises PumiceError where nothing can be compiled.
+    """
+    usual = AnyDecoder(lmm)
+    kind = _kind(lmm, compiled)
+    if compiled and kind is None:
+        raise PumiceError(
+            f"compile is asked for, and this language model ({lmm.language.config.model_type}) "
+            f"cannot be: allowed are {', '.join(FAMILIES)} without sliding windows, gated layers "
+            f"or adapters kept beside them, in full precision or, on a GPU, in int8. Leave compile "
+            f"out."
+        )
+    if kind is None:
+        return usual
+    fast = SlotDecoder(lmm, compiled=compiled) if kind is SlotDecoder else PlainDecoder(lmm)
+    apart = _difference(lmm, usual, fast)
+    if not apart < (_TOLERANCE if lmm.dtype == torch.float32 else _HALF_TOLERANCE):
+        log.warning(
+            "the language model (%s) does not compute what its family does (logits are %.2g apart, "
+            "relative to the largest); transformers' own code is used.",
+            lmm.language.config.model_type,
+            apart,
+        )
+        return usual
+    return fast
+
+
+def _kind(lmm: LMM, compiled: bool) -> type[PlainDecoder | SlotDecoder] | None:
+    """The decoder made for such a model, if there is one."""
+    if compiled:
+        check_compiler(lmm.device.type)
+    if not _is_llama_like(lmm):
+        return None
+    if lmm.device.type == "cpu" and lmm.dtype == torch.float32 and not compiled:
+        return PlainDecoder if _can_be_copied(lmm) else None
+    return SlotDecoder if _can_be_shared(lmm) else None
+
+
+def _is_llama_like(lmm: LMM) -> bool:
+    """Whether its blocks are those of the families, and nothing else takes part in them."""
+    language, config = lmm.language, lmm.language.config
+    if lmm.cross_attention is not None or config.model_type not in FAMILIES:
+        return False
+    windows = getattr(config, "use_sliding_window", True) and getattr(
+        config, "sliding_window", None
+    )
+    if windows or config.rope_parameters.get("rope_type", "default") not in _ROPES:
+        return False
+    modules = list(language.model.modules())
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return False  # someone listens to, or changes, what the blocks say
+    linears = _linears(lmm)
+    if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
+        return False
+    wanted: int = 7 * config.num_hidden_layers + 1
+    return len(linears) == wanted
+
+
+def _can_be_copied(lmm: LMM) -> bool:
+    """Whether copies of the weights hold all there is, and are not too large."""
+    model = lmm.language.model
+    if not kept_on_plain_weights(lmm.language):
+        return False  # adapters that no copy of the weights can hold
+    return not plain_bytes(model) or copied_bytes(model) <= MOST_COPIED
+
+
+def _can_be_shared(lmm: LMM) -> bool:
+    """Whether the weights are whole on one device, plain or int8, and nothing is beside them."""
+    if any(True for _ in adapter_parameters(lmm.language)):
+        return False
+    layers, weights = _linears(lmm), lmm.language.parameters()
+    if any(type(weight) is not nn.Parameter or weight.device != lmm.device for weight in weights):
+        return False  # a part of a tensor that other processes have the rest of
+    if any(isinstance(m, QuantizedLinear) and (m.method != "int8" or m.packed) for m in layers):
+        return False
+    # Layers become one where they read the same input: all are quantised, or none but the head.
+    blocks, head = layers[:-1], layers[-1]
+    return len({type(layer) for layer in blocks}) == 1 and type(head) is nn.Linear
+
+
+def _linears(lmm: LMM) -> list[nn.Linear]:
+    """The linear layers of the decoder, its output head last."""
+    return [module for module in lmm.language.model.modules() if isinstance(module, nn.Linear)]
+
+
+@torch.inference_mode()
+def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
+    """How far logits are apart, relative to the largest: two prompts read, a step of both
+    together, and of one alone.
+    """
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, lmm.language.vocab_size, (14,), generator=draw).to(lmm.device)
+    found = []
+    for decoder in (one, other):
+        caches = decoder.caches([7, 5])
+        parts = torch.split(lmm.language.embed(ids[:12]), [7, 5])
+        chunks = [
+            Chunk(part, 0, cache, None, True) for part, cache in zip(parts, caches, strict=True)
+        ]
+        logits = decoder.read(chunks)
+        together, alone = decoder.cache(), decoder.cache()
+        together.join(caches[0], 7)
+        together.join(caches[1], 5)
+        alone.join(caches[0], 7)
+        logits += list(decoder.step(ids[12:].tolist(), [7, 5], together, None))
+        logits += list(decoder.step(ids[12:13].tolist(), [7], alone, None))
+        found.append(torch.stack(logits).float())
+    return float((found[0] - found[1]).abs().max() / found[0].abs().max().clamp(min=1e-30))

@@ -1,0 +1,213 @@
+"""The blocks of a decoder of the Llama kind, as weights and plain functions of them.
+
+Functions of tensors alone can be compiled once for all blocks, and recorded. Query, key and value
+are one weight, gate and up another; the model's own layers become views of these, so that nothing
+is held twice. Shapes: N tokens, D model width, H heads, Hk key heads, Dh head width, O outputs, I
+inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pumice.models.quantize import QuantizedLinear
+
+
+class Weights(NamedTuple):
+    """One linear layer, or several that read the same input."""
+
+    weight: torch.Tensor
+    """float[O, I], or int8[O, I]"""
+    scale: torch.Tensor | None
+    """float[O], by which each output of an int8 weight is multiplied."""
+    bias: torch.Tensor | None
+    """float[O]"""
+
+
+class SlotBlock(NamedTuple):
+    """The weights of one block."""
+
+    norm: torch.Tensor
+    qkv: Weights
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    out: Weights
+    feed_norm: torch.Tensor
+    gate_up: Weights
+    down: Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the blocks of a decoder have in common."""
+
+    heads: int
+    key_heads: int
+    width: int
+    """Of a head."""
+    scaling: float
+    epsilon: float
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def states(self, block: SlotBlock, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """float[N, D], float[2, N, 1, Dh] -> float[N, H + 2 Hk, Dh]: queries, keys and values.
+
+        `turns`: cosines and sines of the positions, in float32.
+        """
+        mixed = linear(rms_norm(hidden, block.norm, self.epsilon), block.qkv)
+        states = mixed.view(len(hidden), -1, self.width)
+        query, key, value = self._apart(states)
+        if block.query_norm is not None and block.key_norm is not None:
+            query = rms_norm(query, block.query_norm, self.epsilon)
+            key = rms_norm(key, block.key_norm, self.epsilon)
+        return torch.cat([turned(torch.cat([query, key], 1), turns), value], 1)
+
+    def after(self, block: SlotBlock, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """float[N, D], float[N, H Dh] -> float[N, D]: the rest of a block behind its attention."""
+        hidden = hidden + linear(mixed, block.out)
+        both = linear(rms_norm(hidden, block.feed_norm, self.epsilon), block.gate_up)
+        gate, up = both.chunk(2, -1)
+        return hidden + linear(self.activation(gate) * up, block.down)
+
+    def step(
+        self,
+        block: SlotBlock,
+        hidden: torch.Tensor,
+        turns: torch.Tensor,
+        places: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """One block of a decode step: float[N, D] -> float[N, D].
+
+        Each token is at its long[N] place of its own row of keys and values, float[N, Hk, S, Dh],
+        where its own are written; `mask`, float[N, 1, 1, S], is added to the scores.
+        """
+        states = self.states(block, hidden, turns)
+        rows = len(hidden)
+        query, key, value = self._apart(states)
+        at = torch.arange(rows, device=hidden.device), places
+        keys.transpose(1, 2)[at] = key
+        values.transpose(1, 2)[at] = value
+        # Query heads that share keys and values are so many queries of one head.
+        query = query.reshape(rows, self.key_heads, -1, self.width)
+        attend = one_query if torch.compiler.is_compiling() else few_queries
+        mixed = attend(query, keys, values, mask, self.scaling)
+        return self.after(block, hidden, mixed.flatten(1))
+
+    def _apart(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """float[N, H + 2 Hk, Dh] -> float[N, H, Dh], and float[N, Hk, Dh] twice."""
+        return torch.split(states, [self.heads, self.key_heads, self.key_heads], 1)
+
+
+def few_queries(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """float[N, Hk, G, Dh], float[N, Hk, S, Dh] twice, float[N, 1, 1, S] -> float[N, Hk, G, Dh]."""
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
+    # On CPU the fused kernel is slower for so few queries, in bfloat16 several times; and so is the
+    # product the other way round, which first copies the keys.
+    scores = (keys @ query.transpose(-1, -2)).transpose(-1, -2).float() * scaling + mask
+    return scores.softmax(-1).to(query.dtype) @ values
+
+
+def one_query(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """The same in sums, which a compiler makes loops of that read keys and values where they are.
+
+    torch's own kernels give a head to one processor of the GPU, whatever the length of the text.
+    """
+    scores = (query.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1) * scaling + mask
+    mixed = (scores.softmax(-1).unsqueeze(-1) * values.float().unsqueeze(2)).sum(-2)
+    return mixed.to(query.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """float[..., D] -> float[..., D], in float32 between."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def linear(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """float[N, I] -> float[N, O]."""
+    if weights.scale is None:
+        return F.linear(x, weights.weight, weights.bias)
+    found: torch.Tensor = F.linear(x, weights.weight.to(x.dtype)) * weights.scale.to(x.dtype)
+    return found if weights.bias is None else found + weights.bias.to(x.dtype)
+
+
+def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """float[N, H, Dh], float[2, N, 1, Dh] -> float[N, H, Dh]: rotated by their positions."""
+    cos, sin = turns
+    wide = x.float()
+    half = x.shape[-1] // 2
+    swapped = torch.cat([-wide[..., half:], wide[..., :half]], -1)
+    found: torch.Tensor = wide * cos + swapped * sin
+    return found.to(x.dtype)
+
+
+def slot_block(layer: Any) -> SlotBlock:
+    """The weights of a block of transformers', whose layers become views of them."""
+    attention, feed = layer.self_attn, layer.mlp
+    normed = hasattr(attention, "q_norm")
+    return SlotBlock(
+        norm=layer.input_layernorm.weight.detach(),
+        qkv=together([attention.q_proj, attention.k_proj, attention.v_proj]),
+        query_norm=attention.q_norm.weight.detach() if normed else None,
+        key_norm=attention.k_norm.weight.detach() if normed else None,
+        out=together([attention.o_proj]),
+        feed_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=together([feed.gate_proj, feed.up_proj]),
+        down=together([feed.down_proj]),
+    )
+
+
+def together(layers: Sequence[nn.Linear]) -> Weights:
+    """Linear layers that read the same input as one; theirs become views of its tensors."""
+    scale = None
+    if isinstance(layers[0], QuantizedLinear):
+        scale = _joined(layers, "scale")
+    bias = None if layers[0].bias is None else _joined(layers, "bias")
+    return Weights(_joined(layers, "weight"), scale, bias)
+
+
+def _joined(layers: Sequence[nn.Linear], name: str) -> torch.Tensor:
+    held = [getattr(layer, name).detach() for layer in layers]
+    whole = _whole(held)
+    if whole is None:
+        with torch.inference_mode(False):  # else nobody could train the model any more
+            whole = torch.cat(held)
+        for layer, part in zip(layers, torch.split(whole, [*map(len, held)]), strict=True):
+            # The parameter stays the same one, for whoever holds it.
+            getattr(layer, name).data = part
+    return whole
+
+
+def _whole(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor that these are all of, one behind the other in memory, if they are."""
+    if len(parts) == 1:
+        return parts[0]
+    first, at = parts[0], parts[0].data_ptr()
+    for part in parts:
+        shared = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (shared and part.is_contiguous() and part.data_ptr() == at):
+            return None
+        at += part.nbytes
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
