@@ -5,8 +5,9 @@
 
 Random weights; every prompt is an image and twenty words, every answer 64 tokens. A rate is of the
 63 tokens behind the first. The limit is what memory gives: a step reads every weight but the
-embeddings once, and the keys and values of all positions. Contestants have the machine to
-themselves, one after the other, and leave nothing behind.
+embeddings once, and the keys and values of all positions. `logits_apart` is how far logits are from
+transformers', relative to the largest. Contestants have the machine to themselves, one after the
+other, and leave nothing behind.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from train_cost import this_accelerator
 from train_model import SHAPES, new_model
 from transformers_llava import IMAGE_TOKEN, build_model
 
+from pumice.infer.best_decoder import logits_apart
+from pumice.infer.decoder import AnyDecoder
 from pumice.infer.engine import Engine
 from pumice.infer.slot_decoder import SlotDecoder
 from pumice.models.compiled import has_compiler
@@ -36,8 +39,8 @@ from pumice.models.lmm import LMM
 from pumice.models.quantize import quantize_language
 
 NEW = 64
-Answer = Callable[[int], list[list[int]]]
-"""The tokens of every row, of so many new ones."""
+Answer = Callable[[int], object]
+"""Says so many new tokens of every row."""
 
 
 class Decoding:
@@ -83,25 +86,21 @@ class Decoding:
             lmm or self.lmm, self.processor, rows, prefix_bytes=0, feature_bytes=0,
             compiled=compiled,
         )  # fmt: skip
+        endless(engine)
         engine.prepare()
         decoder = engine._decoder
+        self.apart = logits_apart(engine.lmm, AnyDecoder(engine.lmm), decoder)
         if not isinstance(decoder, SlotDecoder):
             raise SystemExit("the decoder made for this model is not used")
         if not recorded:
             decoder._graphs = None
 
-        def answer(new: int) -> list[list[int]]:
-            made = []
-            row = engine.row
-            engine.row = lambda *given: made.append(row(*given)) or made[-1]  # type: ignore
-            results = endless(engine).generate(self.requests(rows, new))
-            engine.row = row  # type: ignore[method-assign]
-            errors = [result.error for result in results if result.error]
-            if errors:
-                raise SystemExit(errors[0])
+        def answer(new: int) -> None:
+            results = engine.generate(self.requests(rows, new))
+            if any(result.error or result.new_tokens != new for result in results):
+                raise SystemExit(f"{results[0].error or 'an answer ended early'}")
             if self.on_gpu and recorded and decoder._graphs is None:
                 raise SystemExit("steps could not be recorded (see the warning above)")
-            return [row.answer.ids for row in sorted(made, key=lambda row: row.sampler.seed)]
 
         return answer
 
@@ -116,14 +115,12 @@ class Decoding:
         }
 
         @torch.inference_mode()
-        def answer(new: int) -> list[list[int]]:
+        def answer(new: int) -> None:
             more = {} if cache is None else {"cache_implementation": cache}
-            out = peer.generate(
+            peer.generate(
                 **inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new,
                 eos_token_id=None, pad_token_id=0, **more,
             )  # fmt: skip
-            tokens: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
-            return tokens
 
         return answer
 
@@ -131,11 +128,11 @@ class Decoding:
         """So many questions about two pictures."""
         return [self.asking.request(number, number % 2, new) for number in range(rows)]
 
-    def seconds(self, answer: Answer) -> tuple[float, float, list[list[int]]]:
-        """A token of every row behind the first, the first itself, and the tokens said."""
+    def seconds(self, answer: Answer) -> tuple[float, float]:
+        """A token of every row behind the first, and the first itself."""
         # Twice: what comes again is recorded, and the second time it has come.
         for _ in range(2):
-            said = answer(NEW)
+            answer(NEW)
         taken: dict[int, list[float]] = {1: [], NEW: []}
         for _ in range(self.rounds):
             for new, found in taken.items():
@@ -143,7 +140,7 @@ class Decoding:
                 answer(new)
                 found.append(self.now() - start)
         first, whole = (statistics.median(found) for found in taken.values())
-        return (whole - first) / (NEW - 1), first, said
+        return (whole - first) / (NEW - 1), first
 
     def now(self) -> float:
         """Seconds of the wall, when the GPU is done."""
@@ -164,10 +161,9 @@ class Decoding:
         """All contestants with so many rows."""
         limit = self.limit_gbytes()
         found: dict[str, Any] = {}
-        said: dict[str, list[list[int]]] = {}
         for name, make in self.contestants().items():
             answer = make(rows)
-            step, first, said[name] = self.seconds(answer)
+            step, first = self.seconds(answer)
             gbytes = self.read_bytes(rows) / 1e9 / step
             found[name] = {
                 "tokens_per_s": rows / step,
@@ -176,6 +172,8 @@ class Decoding:
                 "read_gbyte_per_s": gbytes,
                 "share_of_limit": gbytes / limit,
             }
+            if name.startswith("pumice"):
+                found[name]["logits_apart"] = self.apart
             if "int8" in name:
                 # Its weights are half as many bytes; the share is of what bfloat16 would read.
                 del found[name]["read_gbyte_per_s"], found[name]["share_of_limit"]
@@ -183,11 +181,8 @@ class Decoding:
             gc.collect()
             if self.on_gpu:
                 torch.cuda.empty_cache()
-        for name, one in found.items():
+        for one in found.values():
             one["over_transformers"] = one["tokens_per_s"] / found["transformers"]["tokens_per_s"]
-            one["equal_tokens_before_the_first_difference"] = agreement(
-                said[name], said["transformers"]
-            )
         return found
 
     def limit_gbytes(self) -> float:
@@ -220,15 +215,3 @@ def command(arguments: argparse.Namespace) -> str:
         f"python benchmarks/infer.py --device {arguments.device} --shape {arguments.shape}{scale} "
         f"--rounds {arguments.rounds} --threads {arguments.threads} --batches {batches}"
     )
-
-
-def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
-    """The share of tokens before the first that differs in its row.
-
-    In bfloat16 two orders of the same sums part ways where two tokens are as likely.
-    """
-    alike = 0
-    for mine, theirs in zip(one, other, strict=True):
-        pairs = list(zip(mine, theirs, strict=True))
-        alike += next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    return alike / sum(map(len, one))

@@ -51,7 +51,7 @@ def best_decoder(lmm: LMM, *, compiled: bool = False) -> Decoder:
     if kind is None:
         return usual
     fast = SlotDecoder(lmm, compiled=compiled) if kind is SlotDecoder else PlainDecoder(lmm)
-    apart = _difference(lmm, usual, fast)
+    apart = logits_apart(lmm, usual, fast)
     if not apart < (_TOLERANCE if lmm.dtype == torch.float32 else _HALF_TOLERANCE):
         log.warning(
             "the language model (%s) does not compute what its family does (logits are %.2g apart, "
@@ -122,7 +122,7 @@ def _linears(lmm: LMM) -> list[nn.Linear]:
 
 
 @torch.inference_mode()
-def _difference(lmm: LMM, one: Decoder, other: Decoder) -> float:
+def logits_apart(lmm: LMM, one: Decoder, other: Decoder) -> float:
     """How far logits are apart, relative to the largest: two prompts read, a step of both
     together, and of one alone.
     """

@@ -55,25 +55,29 @@ class Shape:
     epsilon: float
     activation: Callable[[torch.Tensor], torch.Tensor]
 
-    def states(self, block: SlotBlock, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """float[N, D], float[2, N, 1, Dh] -> float[N, H + 2 Hk, Dh]: queries, keys and values.
+    def states(
+        self, block: SlotBlock, hidden: torch.Tensor, turns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float[N, D], float[2, N, 1, Dh] -> queries float[N, H, Dh], keys and values [N, Hk, Dh].
 
-        `turns`: cosines and sines of the positions, in float32.
+        `turns`: see `turned`.
         """
         mixed = linear(rms_norm(hidden, block.norm, self.epsilon), block.qkv)
-        states = mixed.view(len(hidden), -1, self.width)
-        query, key, value = self._apart(states)
+        heads = mixed.view(len(hidden), -1, self.width)
+        both, value = torch.split(heads, [self.heads + self.key_heads, self.key_heads], 1)
         if block.query_norm is not None and block.key_norm is not None:
+            query, key = torch.split(both, [self.heads, self.key_heads], 1)
             query = rms_norm(query, block.query_norm, self.epsilon)
-            key = rms_norm(key, block.key_norm, self.epsilon)
-        return torch.cat([turned(torch.cat([query, key], 1), turns), value], 1)
+            both = torch.cat([query, rms_norm(key, block.key_norm, self.epsilon)], 1)
+        query, key = torch.split(turned(both, turns), [self.heads, self.key_heads], 1)
+        return query, key, value
 
     def after(self, block: SlotBlock, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """float[N, D], float[N, H Dh] -> float[N, D]: the rest of a block behind its attention."""
-        hidden = hidden + linear(mixed, block.out)
+        hidden = linear(mixed, block.out, hidden)
         both = linear(rms_norm(hidden, block.feed_norm, self.epsilon), block.gate_up)
         gate, up = both.chunk(2, -1)
-        return hidden + linear(self.activation(gate) * up, block.down)
+        return linear(self.activation(gate) * up, block.down, hidden)
 
     def step(
         self,
@@ -90,9 +94,8 @@ class Shape:
         Each token is at its long[N] place of its own row of keys and values, float[N, Hk, S, Dh],
         where its own are written; `mask`, float[N, 1, 1, S], is added to the scores.
         """
-        states = self.states(block, hidden, turns)
+        query, key, value = self.states(block, hidden, turns)
         rows = len(hidden)
-        query, key, value = self._apart(states)
         at = torch.arange(rows, device=hidden.device), places
         keys.transpose(1, 2)[at] = key
         values.transpose(1, 2)[at] = value
@@ -101,10 +104,6 @@ class Shape:
         attend = one_query if torch.compiler.is_compiling() else few_queries
         mixed = attend(query, keys, values, mask, self.scaling)
         return self.after(block, hidden, mixed.flatten(1))
-
-    def _apart(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """float[N, H + 2 Hk, Dh] -> float[N, H, Dh], and float[N, Hk, Dh] twice."""
-        return torch.split(states, [self.heads, self.key_heads, self.key_heads], 1)
 
 
 def few_queries(
@@ -144,22 +143,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def linear(x: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """float[N, I] -> float[N, O]."""
-    if weights.scale is None:
-        return F.linear(x, weights.weight, weights.bias)
-    found: torch.Tensor = F.linear(x, weights.weight.to(x.dtype)) * weights.scale.to(x.dtype)
-    return found if weights.bias is None else found + weights.bias.to(x.dtype)
+def linear(x: torch.Tensor, weights: Weights, plus: torch.Tensor | None = None) -> torch.Tensor:
+    """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
+    if weights.scale is not None:
+        found: torch.Tensor = F.linear(x, weights.weight.to(x.dtype)) * weights.scale.to(x.dtype)
+        found = found if weights.bias is None else found + weights.bias.to(x.dtype)
+        return found if plus is None else plus + found
+    if x.is_cuda and plus is not None and weights.bias is None:
+        if not torch.compiler.is_compiling():  # it adds without a kernel more
+            return torch.addmm(plus, x, weights.weight.t())
+    found = F.linear(x, weights.weight, weights.bias)
+    return found if plus is None else plus + found
 
 
 def turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """float[N, H, Dh], float[2, N, 1, Dh] -> float[N, H, Dh]: rotated by their positions."""
+    """float[N, H, Dh], float[2, N, 1, Dh] -> float[N, H, Dh]: rotated by their positions.
+
+    `turns`: cosines, and sines that are negative in their first half, in float32.
+    """
     cos, sin = turns
-    wide = x.float()
     half = x.shape[-1] // 2
-    swapped = torch.cat([-wide[..., half:], wide[..., :half]], -1)
-    found: torch.Tensor = wide * cos + swapped * sin
-    return found.to(x.dtype)
+    swapped = torch.cat([x[..., half:], x[..., :half]], -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def slot_block(layer: Any) -> SlotBlock:

@@ -105,7 +105,7 @@ class SlotDecoder:
         attend = Whole(chunks, self._shape.heads)
         hidden = torch.cat([chunk.embeds for chunk in chunks])
         for layer, block in enumerate(self._blocks):
-            states = self._shape.states(block, hidden, turns)
+            states = torch.cat(self._shape.states(block, hidden, turns), 1)
             # Of the last block's positions none but those whose logits are wanted go on.
             last = layer == len(self._blocks) - 1
             mixed = attend(layer, states, self._shape.scaling, last)
@@ -208,13 +208,15 @@ class SlotDecoder:
         return linear(rms_norm(hidden, self._norm, self._shape.epsilon), self._head)
 
     def _turns_for(self, needed: int) -> torch.Tensor:
-        """float[2, >= needed, 1, Dh]: cosines and sines of all positions below `needed`."""
+        """float[2, >= needed, 1, Dh]: the turns of all positions below `needed`."""
         if needed > self._turns.shape[1]:
             count = max(needed, 2 * self._turns.shape[1], 256)
             every = torch.arange(count, device=self._table.device)
             # In float32, whatever the model's own precision.
-            turns = self._rotary(self._table[:1].float(), every.unsqueeze(0))
-            self._turns = torch.stack([part[0].unsqueeze(1) for part in turns])
+            cos, sin = self._rotary(self._table[:1].float(), every.unsqueeze(0))
+            half = sin.shape[-1] // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            self._turns = torch.stack([cos[0], sin[0]]).unsqueeze(2)
         return self._turns
 
 
