@@ -29,7 +29,7 @@ def convert(
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A new directory.")],
     to: Annotated[
-        str, typer.Option("--to", help="pumice, hf (transformers, vLLM, SGLang), llava, or gguf.")
+        str, typer.Option("--to", help="pumice, hf (transformers, vLLM), llava (SGLang), or gguf.")
     ],
     base: Annotated[
         Path | None,

@@ -83,7 +83,7 @@ def _transformers(layout: str, top: str, vision: str, language: str, head: str) 
     )
 
 
-# Published by llava-hf, and the one that vLLM and SGLang read.
+# Published by llava-hf, and the one that vLLM reads.
 HF_PUBLISHED = _transformers(
     "transformers LLaVA (published)",
     "",

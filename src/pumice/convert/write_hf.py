@@ -1,6 +1,6 @@
 """Writes transformers' LLaVA folders: the published names, and every file a processor needs.
 
-This is the road to transformers, vLLM and SGLang, which read the names that llava-hf published and
+This is the road to transformers and vLLM, which read the names that llava-hf published and
 not the ones transformers itself writes since 5.6.
 """
 
