@@ -33,6 +33,8 @@ from pumice.processing.processor import Processor
 from small_requests import Recorder, mixed
 from tiny import with_language
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+
 
 class Traced:
     """Records steps as torch's tracer sees them, and counts how often each is run."""
@@ -190,6 +192,28 @@ def test_the_decoder_is_made_once(
     [again] = engine.generate([request])
     assert len(made) == 1
     assert again.cached_tokens > first.cached_tokens == 0  # nor is what is known forgotten
+
+
+def test_all_it_computes_with_is_where_the_weights_are(lmm: LMM) -> None:
+    """torch's device without numbers stands in for a GPU: what is on the CPU does not mix."""
+    lmm.to("meta", torch.bfloat16)
+    decoder = SlotDecoder(lmm)
+    with torch.inference_mode():
+        caches = decoder.caches([9, 7])
+        embeds = lmm.language.embed(torch.arange(16, device=lmm.device))
+        chunks = [
+            Chunk(embeds[:9], 0, caches[0], None, True),
+            Chunk(embeds[9:12], 0, caches[1], None, False),
+        ]
+        found = decoder.read(chunks)
+        found += decoder.read([Chunk(embeds[12:], 3, caches[1], None, True)])
+        batch = decoder.cache()
+        batch.join(caches[0], 9, 1)
+        batch.join(caches[1], 7)
+        found += list(decoder.step([1, 2], [9, 7], batch, None))
+        batch.leave(0, 8)
+        found += list(decoder.step([2], [8], batch, None))
+    assert {logits.device.type for logits in found} == {"meta"} and len(found) == 5
 
 
 # memory
