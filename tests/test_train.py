@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,15 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
     assert torch.allclose(together, expected.sum(), rtol=1e-5)
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Ctrl-C as Python takes it; a shell has it ignored by what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_saves_once_and_a_second_one_stops_at_once(
     spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,21 +403,18 @@ def test_ctrl_c_saves_once_and_a_second_one_stops_at_once(
             run_stage(spec, tmp_path / "twice")
 
 
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_of_the_command_line_saves_too(
     spec: StageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        take_ctrl_c()
-        taken = signal.getsignal(signal.SIGINT)
-        stop_after(monkeypatch, 1, by=signal.SIGINT)
-        with pytest.raises(SystemExit, match="stopped after step 1"):
-            run_stage(spec, tmp_path / "out")
-        assert signal.getsignal(signal.SIGINT) is taken is not signal.default_int_handler
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    take_ctrl_c()
+    taken = signal.getsignal(signal.SIGINT)
+    stop_after(monkeypatch, 1, by=signal.SIGINT)
+    with pytest.raises(SystemExit, match="stopped after step 1"):
+        run_stage(spec, tmp_path / "out")
+    assert signal.getsignal(signal.SIGINT) is taken is not signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_that_is_ignored_or_taken_stays_so(
