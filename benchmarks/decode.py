@@ -28,7 +28,7 @@ from speed import machine
 from step_cost import copy_gbytes
 from train_cost import this_accelerator
 from train_model import SHAPES, new_model
-from transformers_llava import IMAGE_TOKEN, build_model
+from transformers_llava import IMAGE_TOKEN, build_model, stored_as
 
 from pumice.infer.best_decoder import logits_apart
 from pumice.infer.decoder import AnyDecoder
@@ -50,7 +50,7 @@ class Decoding:
         self.device, self.rounds = arguments.device, arguments.rounds
         self.on_gpu = self.device != "cpu"
         shape = SHAPES[arguments.shape].scaled(arguments.scale)
-        self.lmm: LMM = new_model(shape, self.device).to(torch.bfloat16).eval()
+        self.lmm: LMM = stored_as(new_model(shape, self.device), torch.bfloat16).eval()
         self.processor = word_processor(self.lmm, folder)
         self.image_id = int(self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         self.asking = Questions(self.processor, self.image_id)

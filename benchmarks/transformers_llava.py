@@ -47,7 +47,7 @@ def build_model(
         image_seq_length=lmm.image_tokens,
         tie_word_embeddings=tied,
     )
-    model = LlavaForConditionalGeneration(config).to(dtype)
+    model = stored_as(LlavaForConditionalGeneration(config), dtype)
     model.set_attn_implementation(attention)
     _fill(model.model.vision_tower, lmm.vision.model.state_dict())
     connector = lmm.connector.state_dict()
@@ -57,6 +57,16 @@ def build_model(
     model.model.language_model.load_state_dict(lmm.language.model.model.state_dict())
     model.lm_head.load_state_dict(lmm.language.model.lm_head.state_dict())
     model.tie_weights()
+    return model
+
+
+def stored_as(model: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """The model with its weights in this type, as loading gives it.
+
+    What turns positions into angles stays in float32, which `model.to(dtype)` would round as well.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

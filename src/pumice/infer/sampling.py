@@ -74,9 +74,9 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def _largest(logits: torch.Tensor) -> list[int]:
-    # On the CPU numpy finds it in a tenth of torch's time.
-    known = logits.device.type == "cpu" and logits.dtype == torch.float32
-    tokens: list[int] = (logits.numpy() if known else logits).argmax(-1).tolist()
+    # On the CPU numpy finds it in less than a tenth of torch's time.
+    known = logits.device.type == "cpu" and logits.dtype != torch.float64
+    tokens: list[int] = (logits.float().numpy() if known else logits).argmax(-1).tolist()
     return tokens
 
 
