@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pumice.core.types import Request, Sampling, user
@@ -353,11 +354,17 @@ def test_compiled_it_says_the_same(
 ) -> None:
     if not compiled.has_compiler("cpu"):
         pytest.skip("no C++ compiler: install g++ to run it")
-    requests = mixed(pictures)
-    expected = Engine(lmm, processor, 4).generate(requests)
-    engine = Engine(lmm, processor, 4, compiled=True)
-    assert engine.generate(requests) == expected
-    assert isinstance(engine._decoder, SlotDecoder) and not told(caplog)
+    requests = [*mixed(pictures), *mixed(pictures, 150)[:2]]  # the longest is past 128 columns
+    expected = Engine(lmm, processor, 9).generate(requests)
+    engine = Engine(lmm, processor, 9, compiled=True)
+    engine.prepare()
+    decoder = engine._decoder
+    assert isinstance(decoder, SlotDecoder)
+    ready = counters["stats"]["unique_graphs"]
+    assert engine.generate(requests) == expected and not told(caplog)
+    assert decoder._memory.data[0].shape[3] > 2 * COLUMNS  # it has grown
+    # Nobody's question waits for a compiler.
+    assert counters["stats"]["unique_graphs"] == ready > 0
 
 
 def test_a_decoder_that_is_not_its_family_is_not_used(

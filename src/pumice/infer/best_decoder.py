@@ -60,6 +60,8 @@ def best_decoder(lmm: LMM, *, compiled: bool = False) -> Decoder:
             apart,
         )
         return usual
+    if isinstance(fast, SlotDecoder) and compiled:
+        fast.try_shapes()
     return fast
 
 

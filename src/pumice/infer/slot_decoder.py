@@ -23,7 +23,14 @@ from pumice.infer.cache import StackedCache
 from pumice.infer.cuda_graphs import CudaGraphs
 from pumice.infer.decoder import Chunk
 from pumice.infer.slot_blocks import Shape, linear, rms_norm, slot_block, together
-from pumice.infer.slots import Replay, SlotCache, SlotMemory, rounded_columns, rounded_slots
+from pumice.infer.slots import (
+    COLUMNS,
+    Replay,
+    SlotCache,
+    SlotMemory,
+    rounded_columns,
+    rounded_slots,
+)
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
 
@@ -134,6 +141,17 @@ class SlotDecoder:
         logits = self._run(memory, slots, columns)
         cache.lengths = [length + 1 for length in lengths]
         return logits[:rows]
+
+    @torch.inference_mode()
+    def try_shapes(self) -> None:
+        """Runs steps of other shapes than the first, for which a compiler compiles once more.
+
+        What it then has is for any number of columns, and of rows from two on.
+        """
+        memory = SlotMemory(len(self._blocks), self._like)
+        memory.hold(4, 2 * COLUMNS)
+        for slots in (1, 4):
+            self._run(memory, slots, 2 * COLUMNS)
 
     def _run(self, memory: SlotMemory, slots: int, columns: int) -> torch.Tensor:
         """The step over what `memory` holds as its inputs -> float[R, V]."""
