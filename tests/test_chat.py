@@ -11,10 +11,12 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ from pumice.cli import chat
 from pumice.cli.picture import drawn
 from pumice.cli.talk import Talk
 from pumice.core.errors import PumiceError
-from pumice.core.types import Request, Result, Sampling
+from pumice.core.llm_client import Endpoint, LLMClient
+from pumice.core.types import Request, Result, Sampling, user
 from pumice.infer import remote_stream
 from pumice.infer.model import load
+from pumice.infer.remote import RemoteModel
 from pumice.serve.errors import event
 from pumice.serve.limits import Limits
 from pumice.world.scenes import random_scene, render
@@ -142,6 +146,35 @@ def test_a_reason_is_an_end_too() -> None:
             continue
         with pytest.raises(PumiceError, match="broke off"):
             list(events)
+
+
+def test_an_answer_that_comes_at_once_is_an_answer() -> None:
+    told = {"choices": [{"message": {"content": " so "}, "finish_reason": "length"}]}
+
+    class AtOnce(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.dumps(told).encode()
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            """Tests are quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), AtOnce) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        with LLMClient(Endpoint(url=url)) as client:
+            stream = remote_stream.stream_remote(
+                RemoteModel(client, "any"), Request((user("what?"),))
+            )
+            assert next(stream) == " so "
+            with pytest.raises(StopIteration) as end:
+                next(stream)
+    assert (end.value.value.text, end.value.value.finish_reason) == ("so", "length")
 
 
 @pytest.mark.parametrize(("said", "terminal"), [("", True), ("half", False), ("half", True)])

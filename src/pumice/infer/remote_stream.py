@@ -34,7 +34,8 @@ def stream_remote(model: RemoteModel, request: Request) -> Generator[str, None, 
                 raise PumiceError(f"{url} answers {answer.status_code}: {_cause(answer.text)}")
             for event in _events(answer, url):
                 for choice in event.get("choices") or ():
-                    piece = (choice.get("delta") or {}).get("content") or ""
+                    said = choice.get("delta") or choice.get("message") or {}
+                    piece = said.get("content") or ""
                     finish = choice.get("finish_reason") or finish
                     if piece:
                         text += piece
@@ -56,8 +57,13 @@ def stream_remote(model: RemoteModel, request: Request) -> Generator[str, None, 
 def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
     """The JSON objects of server-sent events, which must come to their end.
 
-    That is a reason why the answer ended; not every server sends [DONE] after it.
+    That is a reason why the answer ended; not every server sends [DONE] after it. Of one that
+    answers at once, whatever is asked, the answer is one such object.
     """
+    if answer.headers.get("content-type", "").startswith("application/json"):
+        answer.read()
+        yield from _event(answer.text, url)
+        return
     ended = False
     for line in _lines(answer):
         if not line.startswith(_DATA):
@@ -65,17 +71,23 @@ def _events(answer: httpx2.Response, url: str) -> Iterator[dict[str, Any]]:
         data = line.removeprefix(_DATA).strip()
         if data == "[DONE]":
             return
-        try:
-            event = json.loads(data)
-        except ValueError as error:
-            raise PumiceError(f"{url} sends what is no JSON: {data[:200]!r}.") from error
-        if isinstance(event, dict) and event.get("error"):
-            raise PumiceError(f"{url}: {_cause(data)}")
-        if isinstance(event, dict):
+        for event in _event(data, url):
             ended |= any(choice.get("finish_reason") for choice in event.get("choices") or ())
             yield event
     if not ended:
         raise PumiceError(f"{url} broke off in the middle of the answer.")
+
+
+def _event(data: str, url: str) -> Iterator[dict[str, Any]]:
+    """The object that `data` is, if it is one; raises PumiceError for an error and for no JSON."""
+    try:
+        event = json.loads(data)
+    except ValueError as error:
+        raise PumiceError(f"{url} sends what is no JSON: {data[:200]!r}.") from error
+    if isinstance(event, dict):
+        if event.get("error"):
+            raise PumiceError(f"{url}: {_cause(data)}")
+        yield event
 
 
 def _lines(answer: httpx2.Response) -> Iterator[str]:
