@@ -8,7 +8,9 @@ what it was.
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pumice.core.types import Request, Sampling, user
-from pumice.infer import slot_decoder
+from pumice.infer import slot_decoder, slots
 from pumice.infer.best_decoder import FAMILIES, best_decoder
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.infer.engine import Engine
@@ -288,6 +291,28 @@ def test_what_grows_keeps_its_rows_and_drops_its_recordings() -> None:
     assert [rounded_columns(n) for n in (1, 128, 129)] == [128, 128, 256]
 
 
+def test_what_grows_is_never_there_twice_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SlotMemory(2, torch.zeros(3, 0, 4))
+    memory.hold(1, 10)
+    assert memory.inputs[1].data_ptr() % 16 == 0  # or what is compiled copies it in every block
+    old, alive = [weakref.ref(part) for part in memory.data], []
+    moved = slots._moved
+
+    def seen(part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        alive.append(sum(one() is not None for one in old))
+        if shape[3] > 10 * COLUMNS:
+            raise torch.OutOfMemoryError("no more of it")
+        return moved(part, shape)
+
+    monkeypatch.setattr(slots, "_moved", seen)
+    memory.hold(1, 2 * COLUMNS)
+    assert alive == [2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.hold(1, 20 * COLUMNS)
+    memory.hold(2, 10)  # it goes on, of nothing
+    assert memory.data[0].shape == memory.data[1].shape == (2, 2, 3, 2 * COLUMNS, 4)
+
+
 def test_the_latest_used_recordings_are_kept(lmm: LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot_decoder, "_MOST_RECORDED", 2)
     decoder = SlotDecoder(lmm, graphs=Traced())
@@ -365,6 +390,27 @@ def test_compiled_it_says_the_same(
     assert decoder._memory.data[0].shape[3] > 2 * COLUMNS  # it has grown
     # Nobody's question waits for a compiler.
     assert counters["stats"]["unique_graphs"] == ready > 0
+
+
+def test_a_compiled_step_copies_no_keys(lmm: LMM) -> None:
+    """One key of a row is written; whoever writes all of them again halves the speed and more."""
+    if not compiled.has_compiler("cpu"):
+        pytest.skip("no C++ compiler: install g++ to run it")
+    decoder = SlotDecoder(lmm)
+    shape, slots_, columns = decoder._shape, 3, 640
+    memory = SlotMemory(1, decoder._like)
+    memory.hold(slots_, columns)
+    known = [part[0, :slots_, :, :columns] for part in memory.data]
+    places = torch.arange(slots_)
+    hidden, mask = torch.ones(slots_, decoder._table.shape[1]), torch.zeros(slots_, 1, 1, columns)
+    turns, at = decoder._turns_for(columns)[:, places], shape.written_at(places)
+    given: list[Any] = [decoder._blocks[0], hidden, turns, at, *known, mask]
+    with torch.inference_mode():
+        step = torch.compile(shape.step, dynamic=False)
+        _, [code] = run_and_get_code(step, *given)
+    made = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", code)
+    sizes = [math.prod(int(side) for side in one.split(",") if side.strip()) for one in made]
+    assert sizes and max(sizes) < known[0].numel()
 
 
 def test_a_decoder_that_is_not_its_family_is_not_used(

@@ -84,26 +84,34 @@ class Shape:
         block: SlotBlock,
         hidden: torch.Tensor,
         turns: torch.Tensor,
-        places: torch.Tensor,
+        at: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """One block of a decode step: float[N, D] -> float[N, D].
 
-        Each token is at its long[N] place of its own row of keys and values, float[N, Hk, S, Dh],
-        where its own are written; `mask`, float[N, 1, 1, S], is added to the scores.
+        `at`: see `written_at`, where the tokens' own are written to keys and values,
+        float[N, Hk, S, Dh]; `mask`, float[N, 1, 1, S], is added to the scores.
         """
         query, key, value = self.states(block, hidden, turns)
         rows = len(hidden)
-        at = torch.arange(rows, device=hidden.device), places
-        keys.transpose(1, 2)[at] = key
-        values.transpose(1, 2)[at] = value
+        keys[at] = key
+        values[at] = value
         # Query heads that share keys and values are so many queries of one head.
         query = query.reshape(rows, self.key_heads, -1, self.width)
         attend = one_query if torch.compiler.is_compiling() else few_queries
         mixed = attend(query, keys, values, mask, self.scaling)
         return self.after(block, hidden, mixed.flatten(1))
+
+    def written_at(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """long[N], the column of each row's token -> the index of float[N, Hk, S, Dh] of all."""
+        # With every dimension in it: through a transposed view, which needs no heads, a compiler
+        # copies the keys and values of all columns to write those of one.
+        rows, heads = (
+            torch.arange(count, device=places.device) for count in (len(places), self.key_heads)
+        )
+        return rows.unsqueeze(1), heads, places.unsqueeze(1)
 
 
 def few_queries(

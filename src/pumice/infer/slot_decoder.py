@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pumice.infer.attending import Whole
 from pumice.infer.cache import StackedCache
@@ -109,8 +110,23 @@ class SlotDecoder:
         turns = self._turns_for(max(last for _, last in spans))[:, places]
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         wanted = ends[[place for place, chunk in enumerate(chunks) if chunk.ends]]
-        attend = Whole(chunks, self._shape.heads)
         hidden = torch.cat([chunk.embeds for chunk in chunks])
+        with _any_length(device):
+            hidden = self._read(chunks, hidden, turns, wanted)
+        return list(self._say(hidden)) if len(wanted) else []
+
+    def _read(
+        self,
+        chunks: Sequence[Chunk],
+        hidden: torch.Tensor,
+        turns: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> torch.Tensor:
+        """float[N, D], float[2, N, 1, Dh], long[K] -> float[K, D]: those of all chunks, and these.
+
+        Behind the last block; keys and values are kept.
+        """
+        attend = Whole(chunks, self._shape.heads)
         for layer, block in enumerate(self._blocks):
             states = torch.cat(self._shape.states(block, hidden, turns), 1)
             # Of the last block's positions none but those whose logits are wanted go on.
@@ -120,7 +136,7 @@ class SlotDecoder:
                 hidden = hidden[wanted]
             if len(mixed):
                 hidden = self._shape.after(block, hidden, mixed)
-        return list(self._say(hidden)) if len(wanted) else []
+        return hidden
 
     def step(
         self,
@@ -215,10 +231,11 @@ class SlotDecoder:
         turns = every_turn[:, places]
         unseen = torch.arange(columns, device=places.device) > places.unsqueeze(1)
         mask = keys.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None, None]
+        at = self._shape.written_at(places)
         hidden = F.embedding(ids, self._table)
         for layer, block in enumerate(self._blocks):
             known = keys[layer], values[layer]
-            hidden = self._step_block(block, hidden, turns, places, *known, mask)
+            hidden = self._step_block(block, hidden, turns, at, *known, mask)
         return self._last(hidden)
 
     def _say(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -236,6 +253,14 @@ class SlotDecoder:
             sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
             self._turns = torch.stack([cos[0], sin[0]]).unsqueeze(2)
         return self._turns
+
+
+def _any_length(device: torch.device) -> AbstractContextManager[object]:
+    # On a Hopper torch prefers cuDNN, which plans anew for each length of a prompt: some 30 ms.
+    if device.type != "cuda":
+        return nullcontext()
+    kinds = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    return sdpa_kernel([*kinds])
 
 
 def _options(device: str) -> dict[str, Any]:

@@ -31,10 +31,11 @@ class SlotMemory:
     def __init__(self, layers: int, like: torch.Tensor) -> None:
         """Without a slot; for what looks like `like`, float[H, any, Dh]."""
         heads, _, width = like.shape
-        self.data = (like.new_zeros(layers, 0, heads, 0, width),) * 2
+        self._nothing = (like.new_zeros(layers, 0, heads, 0, width),) * 2
+        self.data = self._nothing
         """Keys and values, float[L, R, H, S, Dh] each."""
         self.inputs = torch.zeros(2, 0, dtype=torch.long, device=like.device)
-        """long[2, R]: the tokens of a step, and the columns in which they will stand."""
+        """long[2, >= R]: the tokens of a step, and the columns in which they will stand."""
         self.run: set[tuple[int, int]] = set()
         """The numbers of slots and columns of which a step has run."""
         self.recorded: dict[tuple[int, int], Replay] = {}
@@ -58,8 +59,21 @@ class SlotMemory:
         # The old ones first: they are what recordings look at.
         self.recorded.clear()
         self.run.clear()
-        self.data = _moved(self.data[0], shape), _moved(self.data[1], shape)
-        self.inputs = self.inputs.new_zeros(2, shape[1])
+        self._move(shape)
+        # An even number, so that the second row begins at 16 bytes: what is compiled copies others.
+        self.inputs = self.inputs.new_zeros(2, shape[1] + shape[1] % 2)
+
+    def _move(self, shape: tuple[int, ...]) -> None:
+        """The same in tensors of this shape; after a failure there is nothing left."""
+        keys, values = self.data
+        self.data = self._nothing
+        # One after the other, and what is let go goes back to the GPU: at its largest this is most
+        # of the memory there is, and twice of it would not be there.
+        keys = _moved(keys, shape)
+        _give_back(keys.device)
+        values = _moved(values, shape)
+        _give_back(keys.device)
+        self.data = keys, values
 
 
 class SlotCache:
@@ -118,6 +132,12 @@ def _moved(old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     slots, columns = min(old.shape[1], shape[1]), min(old.shape[3], shape[3])
     data[:, :slots, :, :columns] = old[:, :slots, :, :columns]
     return data
+
+
+def _give_back(device: torch.device) -> None:
+    """Has the GPU have again what nobody uses; torch would keep it, and cut it up for others."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def rounded_slots(rows: int) -> int:
