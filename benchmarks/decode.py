@@ -18,7 +18,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ class Decoding:
         width = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
         return 2 * (held + rows * (positions + NEW // 2) * width)
 
-    def batch(self, rows: int) -> dict[str, Any]:
-        """All contestants with so many rows."""
+    def batch(self, rows: int) -> Iterator[dict[str, Any]]:
+        """All contestants with so many rows, and those before again; after each of them."""
         limit = self.limit_gbytes()
         found: dict[str, Any] = {}
         for name, make in self.contestants().items():
@@ -181,9 +181,10 @@ class Decoding:
             gc.collect()
             if self.on_gpu:
                 torch.cuda.empty_cache()
-        for one in found.values():
-            one["over_transformers"] = one["tokens_per_s"] / found["transformers"]["tokens_per_s"]
-        return found
+            if usual := found.get("transformers"):
+                for one in found.values():
+                    one["over_transformers"] = one["tokens_per_s"] / usual["tokens_per_s"]
+            yield found
 
     def limit_gbytes(self) -> float:
         """GB/s that memory gives: a GPU's by its data sheet, a CPU's as a copy measures it."""
@@ -192,19 +193,22 @@ class Decoding:
         return copy_gbytes()
 
 
-def shape_record(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The record of one shape."""
+def shape_records(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The record of one shape as it grows: whoever is cut short has what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Decoding(arguments, Path(folder))
-        return {
+        record = {
             "command": command(arguments),
             "machine": machine(),
             "accelerator": torch.cuda.get_device_name() if bench.on_gpu else "CPU",
             "limit_gbyte_per_s": bench.limit_gbytes(),
             "language_parameters": sum(p.numel() for p in bench.lmm.language.parameters()),
             "dtype": "bfloat16",
-            **{f"batch {rows}": bench.batch(rows) for rows in arguments.batches},
         }
+        for rows in arguments.batches:
+            for found in bench.batch(rows):
+                record[f"batch {rows}"] = found
+                yield record
 
 
 def command(arguments: argparse.Namespace) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from decode import shape_record
+from decode import shape_records
 from questions import Questions, endless, word_processor
 from speed import machine, rounded
 from threadpoolctl import threadpool_limits
@@ -73,7 +73,8 @@ def main() -> None:
         name = f"{arguments.shape}{scale} {arguments.device}"
         out = arguments.out or SHAPE_RESULTS
         known = read_json(out) if out.is_file() else {}
-        write_json(out, {**known, name: rounded(shape_record(arguments))})
+        for found in shape_records(arguments):
+            write_json(out, {**known, name: rounded(found)})
         return
     if arguments.device != "cpu":
         parser.error("on a GPU a shape is measured: give --shape llava15-7b")
