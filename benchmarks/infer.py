@@ -73,8 +73,10 @@ def main() -> None:
         name = f"{arguments.shape}{scale} {arguments.device}"
         out = arguments.out or SHAPE_RESULTS
         known = read_json(out) if out.is_file() else {}
+        # Batches may be measured one after the other, in runs of their own.
+        before = known.get(name, {})
         for found in shape_records(arguments):
-            write_json(out, {**known, name: rounded(found)})
+            write_json(out, {**known, name: before | rounded(found)})
         return
     if arguments.device != "cpu":
         parser.error("on a GPU a shape is measured: give --shape llava15-7b")

@@ -28,9 +28,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What turns positions into angles without looking at how long the text is.
 _ROPES = ("default", "linear", "llama3", "yarn")
 # How far logits may be apart, relative to the largest. In half precision two orders of the same
-# sums are 1e-2 apart, and a decoder that is wrong about anything comes out far from it.
+# sums are 1e-2 apart at 8 blocks and 2e-2 at 32, and what is wrong comes out far from it.
 _TOLERANCE = 1e-3
-_HALF_TOLERANCE = 5e-2
+_HALF_TOLERANCE = 1e-1
 
 
 @torch.no_grad()

@@ -152,14 +152,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def linear(x: torch.Tensor, weights: Weights, plus: torch.Tensor | None = None) -> torch.Tensor:
-    """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given."""
+    """float[N, I] -> float[N, O], to which `plus`, float[N, O], is added if given.
+
+    It may be written into `plus`.
+    """
     if weights.scale is not None:
         found: torch.Tensor = F.linear(x, weights.weight.to(x.dtype)) * weights.scale.to(x.dtype)
         found = found if weights.bias is None else found + weights.bias.to(x.dtype)
         return found if plus is None else plus + found
     if x.is_cuda and plus is not None and weights.bias is None:
-        if not torch.compiler.is_compiling():  # it adds without a kernel more
-            return torch.addmm(plus, x, weights.weight.t())
+        if not torch.compiler.is_compiling():  # added where it lies, without a kernel more
+            return plus.addmm_(x, weights.weight.t())
     found = F.linear(x, weights.weight, weights.bias)
     return found if plus is None else plus + found
 
