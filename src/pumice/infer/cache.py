@@ -27,7 +27,7 @@ Pieces = list[torch.Tensor]
 """The keys and values of some positions of one row, float[..., H, n, Dh] each."""
 
 
-class RowCache(Protocol):
+class PromptCache(Protocol):
     """Keys and values of one prompt that is being read."""
 
     @property
@@ -41,7 +41,7 @@ class RowCache(Protocol):
         """Appends what `pieces` gave."""
 
 
-class RowsCache(Protocol):
+class BatchCache(Protocol):
     """Keys and values of the rows in flight; what the engine does with them."""
 
     @property

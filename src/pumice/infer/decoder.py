@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pumice.infer.cache import BufferCache, RowCache, RowsCache
+from pumice.infer.cache import BatchCache, BufferCache, PromptCache
 from pumice.models.cross_attention import Media
 from pumice.models.lmm import LMM
 
@@ -39,10 +39,10 @@ class Decoder(Protocol):
     def at_work(self) -> AbstractContextManager[object]:
         """What a thread holds while it reads and steps; without it, that may be slower."""
 
-    def cache(self) -> RowsCache:
+    def cache(self) -> BatchCache:
         """An empty cache for rows in flight."""
 
-    def caches(self, columns: Sequence[int]) -> Sequence[RowCache]:
+    def caches(self, columns: Sequence[int]) -> Sequence[PromptCache]:
         """Empty caches of one row each, which will have so many columns."""
 
     def read(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from pumice.infer.cache import Pieces, RowCache, RowsCache
+from pumice.infer.cache import BatchCache, Pieces, PromptCache
 
 
 class _Node:
@@ -49,7 +49,7 @@ class PrefixStore:
         """How many leading positions are held."""
         return sum(count for _, count in self._path(symbols))
 
-    def fill(self, symbols: Sequence[int], cache: RowCache) -> int:
+    def fill(self, symbols: Sequence[int], cache: PromptCache) -> int:
         """Appends what is held of the beginning to an empty cache of one row; its length."""
         path = self._path(symbols)
         for node, count in path:
@@ -58,7 +58,7 @@ class PrefixStore:
         return sum(count for _, count in path)
 
     def add(
-        self, symbols: Sequence[int], cache: RowCache | RowsCache, row: int, first: int
+        self, symbols: Sequence[int], cache: PromptCache | BatchCache, row: int, first: int
     ) -> None:
         """Keeps the row of a cache whose positions begin at column `first`, if it may keep any."""
         if not self.max_bytes:

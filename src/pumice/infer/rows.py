@@ -10,7 +10,7 @@ import torch
 
 from pumice.core.types import Request, Result, TokenLogprob
 from pumice.infer.answer import Answer, Decode
-from pumice.infer.cache import RowCache
+from pumice.infer.cache import PromptCache
 from pumice.infer.features import Shown
 from pumice.infer.sampling import Sampler
 from pumice.models.constants import IMAGE_ID
@@ -46,7 +46,7 @@ class Row:
     """Prompt and longest possible answer together."""
     symbols: list[int] = field(default_factory=list)
     """What stands at each position: equal beginnings have equal keys and values."""
-    cache: RowCache | None = None
+    cache: PromptCache | None = None
     """Keys and values while the prompt is read; afterwards those of the batch have them."""
     features: list[torch.Tensor | None] = field(default_factory=list)
     """float[Qi, D] of each image while the prompt is read; None where it is known as a prefix."""

@@ -16,7 +16,7 @@ from itertools import chain
 
 import torch
 
-from pumice.infer.cache import RowCache
+from pumice.infer.cache import PromptCache
 from pumice.infer.decoder import Chunk, Decoder
 from pumice.infer.decoding import Running, say
 from pumice.infer.features import ImageFeatures, Key, Opened, Shown
@@ -197,7 +197,7 @@ class Scheduler:
             ahead.append((row.where, list(more.values())))
         return ahead
 
-    def _begin(self, row: Row, cache: RowCache) -> list[Shown]:
+    def _begin(self, row: Row, cache: PromptCache) -> list[Shown]:
         """Takes over what is known of the prompt; -> the images whose features are needed."""
         # The last position is always read: its logits are wanted.
         prompt = row.symbols[:-1]
