@@ -11,7 +11,7 @@ import torch
 from pumice.core.errors import PumiceError
 from pumice.core.types import Request, Sampling, user
 from pumice.infer import one_row
-from pumice.infer.best_decoder import FAMILIES, best_decoder
+from pumice.infer.best_decoder import best_decoder
 from pumice.infer.decoder import AnyDecoder, Chunk
 from pumice.infer.engine import Engine
 from pumice.infer.online import Online
@@ -23,17 +23,10 @@ from pumice.models.lora import Adapter
 from pumice.models.quantize import METHODS, pack_for_cpu, quantize_language
 from pumice.processing.processor import Processor
 from small_requests import Recorder, mixed
-from tiny import with_language
+from tiny import LLAMA_KINDS, with_language
 
 
-@pytest.mark.parametrize(
-    ("family", "more"),
-    [
-        *((family, {}) for family in FAMILIES),
-        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}),
-    ],
-)
+@pytest.mark.parametrize(("family", "more"), LLAMA_KINDS)
 def test_it_computes_what_transformers_computes(
     lmm: LMM,
     processor: Processor,

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pumice.core.types import Request, Sampling, user
 from pumice.infer import slot_decoder, slots
-from pumice.infer.best_decoder import FAMILIES, best_decoder
+from pumice.infer.best_decoder import best_decoder
 from pumice.infer.decoder import AnyDecoder, Chunk, Decoder
 from pumice.infer.engine import Engine
 from pumice.infer.online import Online
@@ -35,7 +35,7 @@ from pumice.models.lmm import LMM
 from pumice.models.quantize import pack_for_cpu, quantize_language
 from pumice.processing.processor import Processor
 from small_requests import Recorder, mixed
-from tiny import with_language
+from tiny import LLAMA_KINDS, with_language
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 
@@ -68,12 +68,7 @@ def running(lmm: LMM, processor: Processor, decoder: Decoder, batch: int = 4) ->
 
 @pytest.mark.parametrize(
     ("family", "more"),
-    [
-        *((family, {}) for family in FAMILIES),
-        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True}),
-        ("llama", {"num_key_value_heads": 1, "hidden_act": "gelu"}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}),
-    ],
+    [*LLAMA_KINDS, ("llama", {"num_key_value_heads": 1, "hidden_act": "gelu"})],
 )
 @pytest.mark.parametrize("graphs", [None, Traced])
 def test_it_computes_what_transformers_computes(
@@ -273,13 +268,13 @@ def test_what_grows_keeps_its_rows_and_drops_its_recordings() -> None:
     assert memory.data[0].shape == (2, 1, 3, 2 * COLUMNS, 4)
     memory.data[0].fill_(5.0)
     memory.recorded[1, COLUMNS] = lambda: torch.zeros(0)
-    memory.run.add((1, COLUMNS))
+    memory.seen.add((1, COLUMNS))
     before = memory.data
     memory.hold(1, 2 * COLUMNS - 1)  # there is room
     assert memory.data is before and memory.recorded
     memory.hold(5, 2 * COLUMNS)
     assert memory.data[0].shape == (2, 8, 3, 4 * COLUMNS, 4)
-    assert not memory.recorded and not memory.run
+    assert not memory.recorded and not memory.seen
     assert (memory.data[0][:, :1, :, : 2 * COLUMNS] == 5).all()
     assert memory.data[0].sum() == before[0].sum() and memory.inputs.shape == (2, 8)
     memory.hold(1, 30 * COLUMNS)  # one long row alone needs no slots for eight
@@ -374,11 +369,16 @@ def test_cuda_graphs_are_asked_for_as_this_torch_takes_them() -> None:
 # compiled
 
 
+@pytest.fixture
+def _compiler() -> None:
+    if not compiled.has_compiler("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler (Debian: apt install g++)")
+
+
+@pytest.mark.usefixtures("_compiler")
 def test_compiled_it_says_the_same(
     lmm: LMM, processor: Processor, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not compiled.has_compiler("cpu"):
-        pytest.skip("no C++ compiler: install g++ to run it")
     requests = [*mixed(pictures), *mixed(pictures, 150)[:2]]  # the longest is past 128 columns
     expected = Engine(lmm, processor, 9).generate(requests)
     engine = Engine(lmm, processor, 9, compiled=True)
@@ -392,10 +392,9 @@ def test_compiled_it_says_the_same(
     assert counters["stats"]["unique_graphs"] == ready > 0
 
 
+@pytest.mark.usefixtures("_compiler")
 def test_a_compiled_step_copies_no_keys(lmm: LMM) -> None:
     """One key of a row is written; whoever writes all of them again halves the speed and more."""
-    if not compiled.has_compiler("cpu"):
-        pytest.skip("no C++ compiler: install g++ to run it")
     decoder = SlotDecoder(lmm)
     shape, slots_, columns = decoder._shape, 3, 640
     memory = SlotMemory(1, decoder._like)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pumice.infer.best_decoder import FAMILIES
 from pumice.models.constants import IMAGE_ID
 from pumice.models.language import LanguageModel
 from pumice.models.lmm import LMM
@@ -172,6 +173,14 @@ def with_images(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor(
         [[t for i in row for t in ([IMAGE_ID] * NUM_PATCHES if i < 0 else [i])] for row in rows]
     )
+
+
+LLAMA_KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}),
+]
+"""What `with_language` takes: language models that decoders of our own run."""
 
 
 def with_language(lmm: LMM, family: str, **more: Any) -> LMM:

@@ -100,8 +100,7 @@ class Shape:
         values[at] = value
         # Query heads that share keys and values are so many queries of one head.
         query = query.reshape(rows, self.key_heads, -1, self.width)
-        attend = one_query if torch.compiler.is_compiling() else few_queries
-        mixed = attend(query, keys, values, mask, self.scaling)
+        mixed = mixed_values(query, keys, values, mask, self.scaling)
         return self.after(block, hidden, mixed.flatten(1))
 
     def written_at(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +113,7 @@ class Shape:
         return rows.unsqueeze(1), heads, places.unsqueeze(1)
 
 
-def few_queries(
+def mixed_values(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -122,28 +121,18 @@ def few_queries(
     scaling: float,
 ) -> torch.Tensor:
     """float[N, Hk, G, Dh], float[N, Hk, S, Dh] twice, float[N, 1, 1, S] -> float[N, Hk, G, Dh]."""
+    if torch.compiler.is_compiling():
+        # Of sums a compiler makes loops that read keys and values where they are; torch's kernels
+        # give a head to one processor of the GPU, whatever the length of the text.
+        scores = (query.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1) * scaling + mask
+        mixed = (scores.softmax(-1).unsqueeze(-1) * values.float().unsqueeze(2)).sum(-2)
+        return mixed.to(query.dtype)
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
     # On CPU the fused kernel is slower for so few queries, in bfloat16 several times; and so is the
     # product the other way round, which first copies the keys.
     scores = (keys @ query.transpose(-1, -2)).transpose(-1, -2).float() * scaling + mask
     return scores.softmax(-1).to(query.dtype) @ values
-
-
-def one_query(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """The same in sums, which a compiler makes loops of that read keys and values where they are.
-
-    torch's own kernels give a head to one processor of the GPU, whatever the length of the text.
-    """
-    scores = (query.float().unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1) * scaling + mask
-    mixed = (scores.softmax(-1).unsqueeze(-1) * values.float().unsqueeze(2)).sum(-2)
-    return mixed.to(query.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A decoder of the Llama kind for GPUs, and for bfloat16: few kernels, started as one.
 
-Used for the families of `plain_decoder` in any precision, their linear layers plain or int8, on a
+Used for the families of `best_decoder` in any precision, their linear layers plain or int8, on a
 GPU always, on the CPU in half precision or when it is to be compiled. A decode step runs once as it
 is and is recorded when it comes again; what is recorded must say what the step said.
 Shapes: N tokens of all prompts, B rows, R slots, S columns, D model width, V vocabulary.
@@ -178,10 +178,11 @@ class SlotDecoder:
             return memory.recorded[key]()
         turns = self._turns_for(columns)
         step = partial(self._forward, memory.inputs[:, :slots], memory.data, turns, slots, columns)
-        logits = step()
-        if self._graphs is not None and key in memory.run:
-            self._record(self._graphs, step, logits, memory.recorded, key)
-        memory.run.add(key)
+        with _any_length(self._table.device):
+            logits = step()
+            if self._graphs is not None and key in memory.seen:
+                self._record(self._graphs, step, logits, memory.recorded, key)
+        memory.seen.add(key)
         return logits
 
     def _record(
@@ -256,7 +257,7 @@ class SlotDecoder:
 
 
 def _any_length(device: torch.device) -> AbstractContextManager[object]:
-    # On a Hopper torch prefers cuDNN, which plans anew for each length of a prompt: some 30 ms.
+    # On a Hopper torch prefers cuDNN, which plans anew for each length of a text: some 30 ms.
     if device.type != "cuda":
         return nullcontext()
     kinds = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH

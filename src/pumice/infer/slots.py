@@ -36,7 +36,7 @@ class SlotMemory:
         """Keys and values, float[L, R, H, S, Dh] each."""
         self.inputs = torch.zeros(2, 0, dtype=torch.long, device=like.device)
         """long[2, >= R]: the tokens of a step, and the columns in which they will stand."""
-        self.run: set[tuple[int, int]] = set()
+        self.seen: set[tuple[int, int]] = set()
         """The numbers of slots and columns of which a step has run."""
         self.recorded: dict[tuple[int, int], Replay] = {}
 
@@ -58,7 +58,7 @@ class SlotMemory:
         shape = layers, rounded_slots(slots), heads, rounded_columns(columns) + COLUMNS, width
         # The old ones first: they are what recordings look at.
         self.recorded.clear()
-        self.run.clear()
+        self.seen.clear()
         self._move(shape)
         # An even number, so that the second row begins at 16 bytes: what is compiled copies others.
         self.inputs = self.inputs.new_zeros(2, shape[1] + shape[1] % 2)
