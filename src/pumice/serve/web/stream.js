@@ -8,10 +8,10 @@ const lost = (error) => (error.name === "AbortError" ? error : broken());
 
 // What a refusal says, also where the server, or a proxy before it, does not speak JSON.
 export async function failure(response) {
-  const told = await refusal(response);
+  const cause = await refusal(response);
   const wait = response.headers.get("retry-after");
-  if (!wait) return told;
-  return `${told} (try again ${/^\d+$/.test(wait) ? `in ${wait} s` : `after ${wait}`})`;
+  if (!wait) return cause;
+  return `${cause} (try again ${/^\d+$/.test(wait) ? `in ${wait} s` : `after ${wait}`})`;
 }
 
 async function refusal(response) {
@@ -25,9 +25,9 @@ async function refusal(response) {
 }
 
 // The sentence in an error's JSON; servers keep it in several places.
-export function said(told) {
-  const places = [told?.error?.message, told?.error, told?.message, told?.detail];
-  return places.find((place) => place && typeof place === "string") ?? JSON.stringify(told);
+export function said(error) {
+  const places = [error?.error?.message, error?.error, error?.message, error?.detail];
+  return places.find((place) => place && typeof place === "string") ?? JSON.stringify(error);
 }
 
 // A text that is no JSON; of a page what it is called.
@@ -51,7 +51,7 @@ export async function* events(response) {
   if (kind(response).includes("html"))
     throw new Error(`what came is no answer but a page: ${plain(await fully(response), response)}`);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let [rest, ended] = ["", false];
+  let [rest, complete] = ["", false];
   try {
     for (let done = false; !done; ) {
       const read = await next(reader);
@@ -63,11 +63,11 @@ export async function* events(response) {
         if (data === "[DONE]") return;
         const event = data && parsed(data, done);
         if (!event || typeof event !== "object") continue;
-        ended ||= Boolean(event.choices?.[0]?.finish_reason);
+        complete ||= Boolean(event.choices?.[0]?.finish_reason);
         yield event;
       }
     }
-    if (!ended) throw broken();
+    if (!complete) throw broken();
   } finally {
     // Where reading ends before the answer does, the server must not go on with it.
     reader.cancel().catch(() => {});
@@ -101,8 +101,8 @@ function parsed(data, last) {
 
 // An answer that was not streamed, as the one event of a stream.
 function whole(text) {
-  const told = parsed(text, false);
-  return { ...told, choices: told?.choices?.map((one) => ({ ...one, delta: one.message })) };
+  const answer = parsed(text, false);
+  return { ...answer, choices: answer?.choices?.map((one) => ({ ...one, delta: one.message })) };
 }
 
 const ENDS = {
