@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="decode at this shape in bfloat16")
     parser.add_argument("--scale", type=float, default=1.0, help="of --shape: a trial run")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], help="of --shape")
+    parser.add_argument("--sides", nargs="+", help="of --shape: some contestants alone")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
