@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pumice.core.errors import PumiceError
 from pumice.core.types import Request, Sampling, user
 from pumice.infer import slot_decoder, slots
 from pumice.infer.best_decoder import best_decoder
@@ -139,6 +140,8 @@ def test_half_precision_is_as_near_to_float32_as_transformers_is(
     if quantised:
         pack_for_cpu(lmm.language)
         assert isinstance(best_decoder(lmm), AnyDecoder)
+        with pytest.raises(PumiceError, match="it has int8 weights in the CPU's order"):
+            best_decoder(lmm, compiled=True)
 
 
 @torch.inference_mode()

@@ -40,17 +40,19 @@ def best_decoder(lmm: LMM, *, compiled: bool = False) -> Decoder:
     Raises PumiceError where nothing can be compiled.
     """
     usual = AnyDecoder(lmm)
-    kind = _kind(lmm, compiled)
-    if compiled and kind is None:
+    if compiled:
+        check_compiler(lmm.device.type)
+    plain = lmm.device.type == "cpu" and lmm.dtype == torch.float32 and not compiled
+    against = _unlike(lmm) or (_uncopied(lmm) if plain else _unshared(lmm))
+    if against and compiled:
         raise PumiceError(
-            f"compile is asked for, and this language model ({lmm.language.config.model_type}) "
-            f"cannot be: allowed are {', '.join(FAMILIES)} without sliding windows, gated layers "
-            f"or adapters kept beside them, in full precision or, on a GPU, in int8. Leave compile "
-            f"out."
+            f"compile is asked for, and this language model cannot be compiled: it has {against}. "
+            f"Allowed are {', '.join(FAMILIES)} without sliding windows, gated layers or adapters "
+            f"kept beside them, in full precision or, on a GPU, in int8. Leave compile out."
         )
-    if kind is None:
+    if against:
         return usual
-    fast = SlotDecoder(lmm, compiled=compiled) if kind is SlotDecoder else PlainDecoder(lmm)
+    fast = PlainDecoder(lmm) if plain else SlotDecoder(lmm, compiled=compiled)
     apart = logits_apart(lmm, usual, fast)
     if not apart < (_TOLERANCE if lmm.dtype == torch.float32 else _HALF_TOLERANCE):
         log.warning(
@@ -65,57 +67,53 @@ def best_decoder(lmm: LMM, *, compiled: bool = False) -> Decoder:
     return fast
 
 
-def _kind(lmm: LMM, compiled: bool) -> type[PlainDecoder | SlotDecoder] | None:
-    """The decoder made for such a model, if there is one."""
-    if compiled:
-        check_compiler(lmm.device.type)
-    if not _is_llama_like(lmm):
-        return None
-    if lmm.device.type == "cpu" and lmm.dtype == torch.float32 and not compiled:
-        return PlainDecoder if _can_be_copied(lmm) else None
-    return SlotDecoder if _can_be_shared(lmm) else None
-
-
-def _is_llama_like(lmm: LMM) -> bool:
-    """Whether its blocks are those of the families, and nothing else takes part in them."""
+def _unlike(lmm: LMM) -> str:
+    """What its blocks have that those of the families have not, or what takes part in them."""
     language, config = lmm.language, lmm.language.config
-    if lmm.cross_attention is not None or config.model_type not in FAMILIES:
-        return False
-    windows = getattr(config, "use_sliding_window", True) and getattr(
-        config, "sliding_window", None
-    )
-    if windows or config.rope_parameters.get("rope_type", "default") not in _ROPES:
-        return False
+    if lmm.cross_attention is not None:
+        return "gated layers"
+    if config.model_type not in FAMILIES:
+        return f"the blocks of another family, {config.model_type}"
+    windows = getattr(config, "use_sliding_window", True)
+    if windows and getattr(config, "sliding_window", None):
+        return "sliding windows"
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in _ROPES:
+        return f"positions of another kind, {rope}"
     modules = list(language.model.modules())
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-        return False  # someone listens to, or changes, what the blocks say
+        return "hooks that listen to its blocks, or change what they say"
     linears = _linears(lmm)
-    if any(type(m) not in (nn.Linear, QuantizedLinear) for m in linears):
-        return False
     wanted: int = 7 * config.num_hidden_layers + 1
-    return len(linears) == wanted
+    known = all(type(layer) in (nn.Linear, QuantizedLinear) for layer in linears)
+    return "" if known and len(linears) == wanted else "linear layers of another kind"
 
 
-def _can_be_copied(lmm: LMM) -> bool:
-    """Whether copies of the weights hold all there is, and are not too large."""
+def _uncopied(lmm: LMM) -> str:
+    """What copies of the weights cannot hold, or are too large for."""
     model = lmm.language.model
     if not kept_on_plain_weights(lmm.language):
-        return False  # adapters that no copy of the weights can hold
-    return not plain_bytes(model) or copied_bytes(model) <= MOST_COPIED
+        return "adapters beside its weights"
+    small = not plain_bytes(model) or copied_bytes(model) <= MOST_COPIED
+    return "" if small else "weights too large to copy"
 
 
-def _can_be_shared(lmm: LMM) -> bool:
-    """Whether the weights are whole on one device, plain or int8, and nothing is beside them."""
+def _unshared(lmm: LMM) -> str:
+    """What keeps its weights from being joined: they must be whole, here, and plain or int8."""
     if any(True for _ in adapter_parameters(lmm.language)):
-        return False
+        return "adapters beside its weights"
     layers, weights = _linears(lmm), lmm.language.parameters()
     if any(type(weight) is not nn.Parameter or weight.device != lmm.device for weight in weights):
-        return False  # a part of a tensor that other processes have the rest of
-    if any(isinstance(m, QuantizedLinear) and (m.method != "int8" or m.packed) for m in layers):
-        return False
+        return "weights on several devices, or in parts on several processes"
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    if any(layer.method != "int8" for layer in quantized):
+        return "int4 weights"
+    if any(layer.packed for layer in quantized):
+        return "int8 weights in the CPU's order"
     # Layers become one where they read the same input: all are quantised, or none but the head.
     blocks, head = layers[:-1], layers[-1]
-    return len({type(layer) for layer in blocks}) == 1 and type(head) is nn.Linear
+    alike = len({type(layer) for layer in blocks}) == 1 and type(head) is nn.Linear
+    return "" if alike else "weights of which some are quantised"
 
 
 def _linears(lmm: LMM) -> list[nn.Linear]:
